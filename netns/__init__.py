@@ -1,0 +1,1 @@
+"""Networks of containers. Knows neither Slurm nor images."""

@@ -1,0 +1,1 @@
+"""Makes containers: the agent, its builders, and what the user and the administrator type."""

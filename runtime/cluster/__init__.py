@@ -1,0 +1,1 @@
+"""The trial cluster: real Slurm nodes on one machine."""
