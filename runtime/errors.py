@@ -1,0 +1,547 @@
+"""Every error text of Enclos, each in one place.
+
+An error names its subject as the user typed it, says what happened, the cause where it was
+checked, and what to do next. `netns/` and `linux/` raise facts; whoever knows what the user
+asked for turns them into one of these. docs/errors.md has a section for each function here
+and tests/golden/errors.txt all texts; tests compare.
+
+Must not hold: decisions, system calls, printing. The one look outside is at the sysctls that
+limit namespaces, because the kernel's own text for them misleads. Used on both sides of the
+privilege line. Texts may hold what a user typed, so control characters are escaped when printed.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+ADMIN = "administrator: "
+
+
+class EnclosError(Exception):
+    """A failure in words for a person.
+
+    Args:
+        subject: the option as typed, the network, or the file; may be empty.
+        what: what happened.
+        cause: a checked cause, or one that starts with "possibly".
+        hint: what to do next.
+    """
+
+    def __init__(self, subject: str, what: str, cause: str = "", hint: str = "") -> None:
+        super().__init__(subject, what, cause, hint)
+        self.subject, self.what, self.cause, self.hint = subject, what, cause, hint
+
+    def line(self, node: str = "") -> str:
+        """One line without the `enclos: ` prefix, which is added where it is printed."""
+        parts = [f"{self.subject}: " if self.subject else "", self.what]
+        if self.cause:
+            parts.append(f" ({self.cause})")
+        if node:
+            parts.append(f" on {node}")
+        return printable("".join(parts))
+
+    def __str__(self) -> str:
+        return self.line()
+
+
+class UserError(EnclosError):
+    """The user can mend it."""
+
+
+class AdminError(EnclosError):
+    """The administrator has to mend it."""
+
+
+def printable(text: str) -> str:
+    """Escape what could move the cursor, start a new line or forge a log entry."""
+    if text.isprintable():
+        return text
+    return "".join(
+        c if c.isprintable() else c.encode("unicode_escape", "backslashreplace").decode() for c in text
+    )
+
+
+def reason(number: int) -> str:
+    """Words for an errno, with those replaced that mislead here."""
+    words = {
+        errno.ENOSPC: "no space left, or a limit of namespaces or mounts is reached",
+        errno.EIO: "input/output error",
+        errno.ELOOP: "too many symbolic links",
+    }
+    return words.get(number) or os.strerror(number).lower()
+
+
+def cause(error: OSError) -> str:
+    """The errno in words and, for a mount, what the kernel logged about it."""
+    log = str(getattr(error, "log", "") or "").strip().replace("\n", "; ")
+    words = reason(error.errno or 0)
+    return f"{words}: {log}" if log else words
+
+
+def namespace_limit(error: OSError) -> str:
+    """The sysctl that forbids namespaces, read back; the kernel says "No space left on device"."""
+    for name in ("user", "mnt", "ipc", "uts", "net"):
+        if _sysctl(f"user/max_{name}_namespaces") == "0":
+            return f"user.max_{name}_namespaces is 0"
+    if error.errno in (errno.ENOSPC, errno.EUSERS):
+        return f"possibly user.max_user_namespaces, {_sysctl('user/max_user_namespaces')}, is used up"
+    if _sysctl("kernel/apparmor_restrict_unprivileged_userns") == "1":
+        return "possibly kernel.apparmor_restrict_unprivileged_userns, which is 1"
+    return reason(error.errno or 0)
+
+
+def _sysctl(name: str) -> str:
+    try:
+        return Path("/proc/sys", name).read_text().strip()
+    except OSError:
+        return ""
+
+
+# ---------------------------------------------------------------- images
+
+
+def _image(reference: str) -> str:
+    return f"--container-image={reference}"
+
+
+def image_required(option: str) -> EnclosError:
+    """A container option without an image."""
+    return UserError(
+        option, "it needs --container-image as well", hint="give --container-image=PATH, or drop this option"
+    )
+
+
+def image_not_found(reference: str) -> EnclosError:
+    """The path does not exist on this node, or it is no path at all."""
+    if reference.startswith(("/", ".")):
+        return UserError(
+            _image(reference),
+            "image not found",
+            hint="images are looked up on the compute node; is the path on a shared file system?",
+        )
+    return UserError(
+        _image(reference),
+        "image not found",
+        hint="give the path of a squashfs file or directory: /PATH or ./PATH",
+    )
+
+
+def image_not_readable(reference: str) -> EnclosError:
+    """The user may not read the image."""
+    return UserError(
+        _image(reference),
+        "image is not readable",
+        "permission denied",
+        "you need read access to the file and search access to all directories above it",
+    )
+
+
+def image_wrong_kind(reference: str) -> EnclosError:
+    """A socket, device or pipe."""
+    return UserError(
+        _image(reference),
+        "image is neither a regular file nor a directory",
+        hint="give a squashfs file or a directory",
+    )
+
+
+def not_squashfs(reference: str) -> EnclosError:
+    """The file does not start with a squashfs superblock."""
+    return UserError(
+        _image(reference),
+        "image is not a squashfs file",
+        hint="'file PATH' tells what it is; mksquashfs or tar2sqfs make one",
+    )
+
+
+def image_truncated(reference: str, detail: str = "") -> EnclosError:
+    """The file is shorter than its superblock says."""
+    return UserError(
+        _image(reference),
+        "image is truncated",
+        detail or "shorter than its header says",
+        "copy or build it again",
+    )
+
+
+def image_damaged(reference: str, error: OSError) -> EnclosError:
+    """The kernel refused to mount it."""
+    return UserError(
+        _image(reference),
+        "image cannot be mounted",
+        cause(error),
+        "possibly damaged, or its compression is not known to the node's kernel; build it again with gzip"
+        " or zstd",
+    )
+
+
+def image_untrusted(reference: str) -> EnclosError:
+    """images.user_files is refuse and the file belongs to a user."""
+    return UserError(
+        _image(reference),
+        "image is not trusted",
+        "the file does not belong to root",
+        "use an image of the site or an unpacked directory; administrator: images.user_files in enclos.yaml",
+    )
+
+
+# ---------------------------------------------------------------- mounts and directories
+
+
+def _mount(text: str) -> str:
+    """A mount as typed; the options and settings that mount something keep their own names."""
+    return text if text.startswith(("--", "mounts.")) else f"--container-mounts={text}"
+
+
+def _path_in(text: str, path: str) -> str:
+    """The path, where the typed text does not start with it."""
+    return "" if text == path or text.startswith(f"{path}:") else f" {path}"
+
+
+def bad_mount_syntax(text: str, detail: str) -> EnclosError:
+    """--container-mounts cannot be understood."""
+    return UserError(
+        f"--container-mounts={text}",
+        f"invalid format: {detail}",
+        hint="write SRC[:DST[:FLAG[+FLAG]]], several separated by commas",
+    )
+
+
+def mount_source_missing(text: str, source: str) -> EnclosError:
+    """Nothing there, seen with the user's rights."""
+    return UserError(
+        _mount(text),
+        f"source path{_path_in(text, source)} does not exist",
+        hint="sources are looked up on the compute node",
+    )
+
+
+def mount_source_denied(text: str, source: str) -> EnclosError:
+    """The user may not go there."""
+    return UserError(
+        _mount(text),
+        f"source path{_path_in(text, source)} is not accessible",
+        "permission denied",
+        "sources are opened with your rights on the compute node",
+    )
+
+
+def mount_target_failed(text: str, target: str, error: OSError) -> EnclosError:
+    """The place to mount on cannot be made or used."""
+    return UserError(
+        _mount(text),
+        f"couldn't mount at {target} in the container",
+        cause(error),
+        "does the target exist in the image, and is it a directory if the source is one?",
+    )
+
+
+def not_a_device(path: str) -> EnclosError:
+    """devices.nodes names something else."""
+    return AdminError(
+        f"devices.nodes: {path}", "not a device node", hint=ADMIN + "mend devices.nodes in enclos.yaml"
+    )
+
+
+def device_missing(path: str) -> EnclosError:
+    """devices.nodes names nothing."""
+    return AdminError(
+        f"devices.nodes: {path}", "no such device node", hint=ADMIN + "mend devices.nodes in enclos.yaml"
+    )
+
+
+def mounts_forbidden(text: str) -> EnclosError:
+    """mounts.user is false."""
+    return UserError(
+        f"--container-mounts={text}",
+        "mounts are not allowed at this site",
+        hint="ask the administrator to add it to mounts.site in enclos.yaml",
+    )
+
+
+def home_missing(path: str) -> EnclosError:
+    """--container-mount-home and no home directory on this node."""
+    return UserError(
+        "--container-mount-home",
+        f"home directory {path or '(unknown)'} cannot be opened",
+        hint="drop the option, or check $HOME on the compute node",
+    )
+
+
+def workdir_missing(path: str) -> EnclosError:
+    """The directory is not in the container."""
+    return UserError(
+        f"--container-workdir={path}",
+        "couldn't chdir: no such directory in the container",
+        hint="it has to exist in the image or in a mount",
+    )
+
+
+def rootfs_full(limit: str) -> EnclosError:
+    """The container's tmpfs is full while it is being made."""
+    return UserError(
+        "container",
+        f"its writable layer is full (limit {limit})",
+        hint="write to a mounted directory instead; administrator: rootfs.tmpfs_size in enclos.yaml",
+    )
+
+
+# ---------------------------------------------------------------- options
+
+
+def bad_option(name: str, value: str, detail: str) -> EnclosError:
+    """A value that cannot be used."""
+    return UserError(f"--container-{name}={value}", f"invalid argument: {detail}", hint="see enclos-srun(1)")
+
+
+def given_twice(name: str) -> EnclosError:
+    """An option with two different values."""
+    return UserError(f"--container-{name}", "specified multiple times", hint="give it once")
+
+
+def readonly_and_writable() -> EnclosError:
+    """Both forms at once."""
+    return UserError(
+        "", "both --container-writable and --container-readonly were specified", hint="give one of them"
+    )
+
+
+def bad_request(detail: str) -> EnclosError:
+    """The plugin sent something that is not of the protocol."""
+    return AdminError(
+        "agent",
+        "cannot understand the request of the Slurm plugin",
+        detail,
+        ADMIN + "are enclosd and spank_enclos.so of the same release?",
+    )
+
+
+# ---------------------------------------------------------------- networks
+
+
+def unknown_network(name: str, user: str = "") -> EnclosError:
+    """No such name; reads the same for a network of another tenant."""
+    return UserError(
+        f"--container-network={name}",
+        f"no such network{f' for user {user}' if user else ''}",
+        hint="use host, job or none",
+    )
+
+
+def network_forbidden(name: str, allowed: Sequence[str]) -> EnclosError:
+    """A built-in network that the site does not offer."""
+    return UserError(
+        f"--container-network={name}", "not allowed at this site", hint=f"allowed: {', '.join(allowed)}"
+    )
+
+
+def vni_in_use(vni: int) -> EnclosError:
+    """Another device on this node has the job's VNI."""
+    return AdminError(
+        "network job",
+        "its number is in use on this node",
+        f"VNI {vni}",
+        "try another node; " + ADMIN + "'ip -d link show type vxlan' shows the device",
+    )
+
+
+def no_job_facts(job: int) -> EnclosError:
+    """The prolog has not told the agent about the job."""
+    return AdminError(
+        "--container-network=job",
+        f"the nodes of job {job} are not known",
+        "the Slurm prolog did not announce the job",
+        ADMIN + "set PrologFlags=Alloc in slurm.conf; 'enclos check' tests it",
+    )
+
+
+def not_in_nodelist(node: str) -> EnclosError:
+    """The job's node list does not have this node."""
+    return AdminError(
+        "--container-network=job",
+        f"node {node} is not in the job's node list",
+        hint=ADMIN + "does slurmd run under the name that slurm.conf has?",
+    )
+
+
+def name_unknown(name: str) -> EnclosError:
+    """A node's underlay name does not resolve."""
+    return AdminError(
+        "network job",
+        f"the name {name} of a node cannot be resolved",
+        hint=ADMIN + "check /etc/hosts or DNS, and network.underlay.name in enclos.yaml",
+    )
+
+
+def underlay_not_found(detail: str) -> EnclosError:
+    """No interface for the overlay."""
+    return AdminError(
+        "network job",
+        "no network interface to the other nodes was found",
+        detail,
+        ADMIN + "set network.underlay in enclos.yaml; 'enclos check' tests it",
+    )
+
+
+def network_failed(number: int, what: str) -> EnclosError:
+    """The kernel refused to make the job's network."""
+    return AdminError(
+        "network job",
+        f"cannot be made: {what}",
+        reason(number),
+        ADMIN + "'enclos check' tests all requirements",
+    )
+
+
+def relay_port_taken(address: str, port: int) -> EnclosError:
+    """PMIx cannot be brought into the network."""
+    return UserError(
+        "network job",
+        f"PMIx port {port} on {address} is already used inside the container's network",
+        "possibly by another step of this job",
+        "end the program that listens there, or run the step again",
+    )
+
+
+# ---------------------------------------------------------------- node and agent
+
+
+def agent_not_running(socket: str, number: int) -> EnclosError:
+    """Nobody answers at the socket."""
+    return AdminError(
+        "", "agent is not running", f"{socket}: {reason(number)}", ADMIN + "systemctl status enclosd"
+    )
+
+
+def agent_restarted() -> EnclosError:
+    """The agent ended while it made the container."""
+    return AdminError(
+        "agent",
+        "it ended while the container was being made",
+        hint="run the step again; " + ADMIN + "journalctl -u enclosd",
+    )
+
+
+def disabled() -> EnclosError:
+    """The kill switch."""
+    return UserError(
+        "--container-image",
+        "containers are switched off by the administrator",
+        hint="run without a container, or ask the administrator (enabled in enclos.yaml)",
+    )
+
+
+def root_step() -> EnclosError:
+    """Root asked for a container."""
+    return UserError(
+        "--container-image",
+        "steps of root are refused",
+        hint="run as an ordinary user (srun --uid); " + ADMIN + "step.allow_root in enclos.yaml",
+    )
+
+
+def userns_forbidden(error: OSError) -> EnclosError:
+    """No user namespaces on this node; call it where the error happened: it reads the limits back."""
+    return AdminError(
+        "",
+        "cannot create a user namespace",
+        namespace_limit(error),
+        ADMIN + "raise it; 'enclos check' tests all requirements",
+    )
+
+
+def build_failed(operation: str, error: OSError) -> EnclosError:
+    """An operation of the plan failed."""
+    if error.errno == errno.EDQUOT or (error.errno == errno.ENOSPC and "namespace" not in operation):
+        hint = "the writable layer is limited: rootfs.tmpfs_size in enclos.yaml"
+    else:
+        hint = "journalctl -u enclosd; 'enclos check' tests all requirements"
+    return AdminError("container", f"cannot be made: {operation}", cause(error), ADMIN + hint)
+
+
+def builder_ended(operation: str, status: str) -> EnclosError:
+    """The builder was killed or ended by itself."""
+    return AdminError(
+        "container",
+        f"its builder ended during: {operation}",
+        status,
+        "run the step again; " + ADMIN + "journalctl -u enclosd",
+    )
+
+
+def build_timed_out(seconds: int, operation: str = "") -> EnclosError:
+    """The deadline passed."""
+    return AdminError(
+        "container",
+        f"not ready after {seconds} s",
+        f"during: {operation}" if operation else "",
+        "run the step again; is a file system slow or hanging? "
+        + ADMIN
+        + "step.build_deadline_seconds in enclos.yaml",
+    )
+
+
+def step_unknown(job: int, step: int) -> EnclosError:
+    """A join without a prepare that could be served."""
+    return AdminError(
+        "container", f"step {job}.{step} is not known to the agent", hint=ADMIN + "journalctl -u enclosd"
+    )
+
+
+# ---------------------------------------------------------------- configuration and command line
+
+
+def _place(path: str, line: int) -> str:
+    return f"{path}:{line}" if line else path
+
+
+def config_unreadable(path: str, number: int) -> EnclosError:
+    """The file is there but cannot be read."""
+    return AdminError(
+        path, "cannot read the configuration", reason(number), "check owner and mode of the file"
+    )
+
+
+def config_syntax(path: str, line: int, detail: str) -> EnclosError:
+    """Not YAML."""
+    return AdminError(
+        _place(path, line), f"not valid YAML: {detail}", hint="'enclos config validate' checks the file"
+    )
+
+
+def config_unknown_key(path: str, line: int, key: str, nearest: str) -> EnclosError:
+    """A key that no row has."""
+    return AdminError(
+        _place(path, line),
+        f"unknown key '{key}'",
+        hint=f"did you mean '{nearest}'?" if nearest else "enclos.yaml(5) lists all keys",
+    )
+
+
+def config_duplicate_key(path: str, line: int, key: str, first: int) -> EnclosError:
+    """The same key twice."""
+    return AdminError(
+        _place(path, line), f"key '{key}' again", f"first in line {first}", "remove one of them"
+    )
+
+
+def config_bad_value(place: str, key: str, value: str, expected: str) -> EnclosError:
+    """A value of the wrong kind; place is file:line or the environment variable."""
+    return AdminError(place, f"{key}: bad value {value}: {expected}", hint="enclos.yaml(5) explains each key")
+
+
+def config_not_a_section(path: str, line: int, key: str) -> EnclosError:
+    """A section that is not a mapping."""
+    return AdminError(
+        _place(path, line),
+        f"{key or 'the file'}: expected keys with values",
+        hint="enclos.yaml(5) shows an example",
+    )
+
+
+def usage(command: str, detail: str) -> EnclosError:
+    """Bad arguments of a command."""
+    return UserError(command, detail, hint=f"'{command} --help' lists all arguments")

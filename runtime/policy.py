@@ -1,0 +1,73 @@
+"""What the site allows: a request and the configuration to what the step gets, or a refusal.
+
+The one place where a user's wish meets enclos.yaml. Pure: it looks at nothing but its
+arguments, so that `enclos render` and tests decide exactly as the agent does. Must not
+hold: syntax (request.py), how it is made (plan.py).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from enclos.runtime import errors, mounts
+from enclos.runtime.mounts import Mount
+from enclos.runtime.request import StepRequest
+from enclos.runtime.settings import NETWORKS, Config
+
+
+@dataclass(frozen=True, slots=True)
+class Decision:
+    """What a step gets. `site_mounts` come before `user_mounts`."""
+
+    network: str
+    writable: bool
+    remap_root: bool
+    mount_home: bool
+    site_mounts: tuple[Mount, ...]
+    user_mounts: tuple[Mount, ...]
+
+
+def decide(request: StepRequest, config: Config) -> Decision:
+    """Apply the site's rules.
+
+    Raises:
+        EnclosError: disabled, root_step, unknown_network, network_forbidden, mounts_forbidden.
+    """
+    if not config.enabled:
+        raise errors.disabled()
+    if request.uid == 0 and not config.step.allow_root:
+        raise errors.root_step()
+    if request.mounts and not config.mounts.user:
+        raise errors.mounts_forbidden(request.mounts[0].text)
+    return Decision(
+        network=_network(request, config),
+        writable=_wish(request.writable, config.rootfs.writable),
+        remap_root=_wish(request.remap_root, config.rootfs.remap_root),
+        mount_home=_wish(request.mount_home, config.mounts.home),
+        site_mounts=site_mounts(config),
+        user_mounts=request.mounts,
+    )
+
+
+def site_mounts(config: Config) -> tuple[Mount, ...]:
+    """The mounts of mounts.site; config.py has checked their syntax."""
+    return tuple(mount for text in config.mounts.site for mount in mounts.parse(text))
+
+
+def _wish(asked: bool | None, default: bool) -> bool:
+    return default if asked is None else asked
+
+
+def _network(request: StepRequest, config: Config) -> str:
+    """The network by name, the site's default, or `host` for batch and interactive steps.
+
+    The latter without a look at step.networks: the user did not ask, and a batch script
+    without slurmctld in reach could start nothing.
+    """
+    if not request.network:
+        return "host" if request.asks_by_default else config.step.default_network
+    if request.network not in NETWORKS:
+        raise errors.unknown_network(request.network)
+    if request.network not in config.step.networks:
+        raise errors.network_forbidden(request.network, config.step.networks)
+    return request.network

@@ -1,0 +1,237 @@
+"""A step's request: the fields of PREPARE and JOIN, checked and typed.
+
+The numbers come from slurmstepd, options and environment from the user. Nothing here may
+be believed beyond its form: paths are opened elsewhere with the user's rights, and what the
+user may have is decided in policy.py. Pure: no system call, no look at a file.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from enclos.runtime import errors, mounts
+from enclos.runtime.mounts import Mount
+
+BATCH_STEP = 4294967291
+INTERACTIVE_STEP = 4294967290
+
+GROUP_LIMIT = 65536
+NAME_LIMIT = 1024
+PATH_LIMIT = 4095
+VALUE_LIMIT = 4096
+TASK_LIMIT = 65536
+_ID_MAX = 2**32 - 2
+_PID_MAX = 2**22
+
+_ENVIRONMENT_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_.-]*")
+
+Fields = Mapping[str, Sequence[str]]
+
+
+@dataclass(frozen=True, slots=True)
+class StepRequest:
+    """What slurmstepd says about a step and what its user asks for.
+
+    `network` is "" and the three flags are None where the user said nothing; policy.decide()
+    puts the site's choice there. `image` is as typed; image_path() makes a path of it.
+    """
+
+    job: int
+    step: int
+    uid: int
+    gid: int
+    groups: tuple[int, ...]
+    stepd: int
+    tasks: int
+    spool: str
+    tmpfs: str
+    taskprolog: str
+    cwd: str
+    home: str
+    image: str
+    network: str
+    mounts: tuple[Mount, ...]
+    workdir: str
+    writable: bool | None
+    remap_root: bool | None
+    mount_home: bool | None
+    environment: tuple[str, ...]
+    interface_variables: Mapping[str, str]
+
+    @property
+    def asks_by_default(self) -> bool:
+        """Batch and interactive steps: their options often come from those for nested steps."""
+        return self.step in (BATCH_STEP, INTERACTIVE_STEP)
+
+    def image_path(self) -> str:
+        """The image as an absolute path.
+
+        Raises:
+            EnclosError: image_not_found for a name that is no path.
+        """
+        if self.image.startswith("/"):
+            return self.image
+        if self.image in (".", "..") or self.image.startswith(("./", "../")):
+            return f"{self.cwd.rstrip('/')}/{self.image}"
+        raise errors.image_not_found(self.image)
+
+
+def parse(fields: Fields) -> StepRequest:
+    """Check the form of a request.
+
+    Raises:
+        EnclosError: bad_request where the plugin is to blame; bad_option, given_twice,
+            bad_mount_syntax, readonly_and_writable, image_required where the user is.
+    """
+    cwd = _path(fields, "cwd")
+    image = _option(fields, "image")
+    if not image:
+        raise errors.image_required(_first_option(fields))
+    return StepRequest(
+        job=_number(fields, "job", 1, _ID_MAX),
+        step=_number(fields, "step", 0, _ID_MAX),
+        uid=_number(fields, "uid", 0, _ID_MAX),
+        gid=_number(fields, "gid", 0, _ID_MAX),
+        groups=_groups(fields),
+        stepd=_number(fields, "stepd", 2, _PID_MAX),
+        tasks=_number(fields, "tasks", 1, TASK_LIMIT),
+        spool=_path(fields, "spool"),
+        tmpfs=_path(fields, "tmpfs"),
+        taskprolog=_path(fields, "taskprolog"),
+        cwd=cwd,
+        home=_lenient_path(fields, "home"),
+        image=_checked(image, "image"),
+        network=_option(fields, "network"),
+        mounts=_mounts(fields, cwd),
+        workdir=_workdir(fields),
+        writable=_writable(fields),
+        remap_root=_flag(fields, "remap-root"),
+        mount_home=_flag(fields, "mount-home"),
+        environment=_environment(fields),
+        interface_variables=_interface_variables(fields),
+    )
+
+
+# ---------------------------------------------------------------- facts of slurmstepd
+
+
+def _last(fields: Fields, key: str) -> str:
+    values = fields.get(key) or ("",)
+    return values[-1]
+
+
+def _number(fields: Fields, key: str, low: int, high: int) -> int:
+    text = _last(fields, key)
+    if not text.isascii() or not text.isdigit() or len(text) > 10 or not low <= int(text) <= high:
+        raise errors.bad_request(f"{key}={text[:32]}")
+    return int(text)
+
+
+def _groups(fields: Fields) -> tuple[int, ...]:
+    """Supplementary groups in the credential's order, each once."""
+    text = _last(fields, "groups")
+    groups: dict[int, None] = {}
+    for part in text.split(",") if text else []:
+        if not part.isascii() or not part.isdigit() or len(part) > 10 or int(part) > _ID_MAX:
+            raise errors.bad_request(f"groups={part[:32]}")
+        groups[int(part)] = None
+    if len(groups) > GROUP_LIMIT:
+        raise errors.bad_request("groups: too many")
+    return tuple(groups)
+
+
+def _path(fields: Fields, key: str) -> str:
+    """A path that slurmstepd gave, or ""."""
+    text = _last(fields, key)
+    if text and (not text.startswith("/") or len(text.encode("utf-8", "surrogateescape")) > PATH_LIMIT):
+        raise errors.bad_request(f"{key}={text[:32]}")
+    return text
+
+
+def _lenient_path(fields: Fields, key: str) -> str:
+    """A path from the job's environment, where anything may stand; "" if it is no path."""
+    text = _last(fields, key)
+    return text if text.startswith("/") and len(text.encode("utf-8", "surrogateescape")) <= PATH_LIMIT else ""
+
+
+# ---------------------------------------------------------------- options of the user
+
+
+def _first_option(fields: Fields) -> str:
+    names = [key.removeprefix("option.") for key in fields if key.startswith("option.")]
+    return f"--container-{names[0]}" if names else "container"
+
+
+def _option(fields: Fields, name: str) -> str:
+    """The one value of an option, or ""."""
+    values = list(dict.fromkeys(fields.get(f"option.{name}") or ()))
+    if len(values) > 1:
+        raise errors.given_twice(name)
+    return values[0] if values else ""
+
+
+def _checked(path: str, name: str) -> str:
+    if len(path.encode("utf-8", "surrogateescape")) > PATH_LIMIT:
+        raise errors.bad_option(name, path[:32] + "…", f"longer than {PATH_LIMIT} bytes")
+    return path
+
+
+def _flag(fields: Fields, name: str) -> bool | None:
+    values = set(fields.get(f"option.{name}") or ())
+    if values == {"0", "1"}:
+        raise errors.bad_option(name, "", f"both --container-{name} and --no-container-{name} were specified")
+    if not values:
+        return None
+    if values not in ({"0"}, {"1"}):
+        raise errors.bad_option(name, min(values)[:32], "expected 0 or 1")
+    return values == {"1"}
+
+
+def _writable(fields: Fields) -> bool | None:
+    """--container-writable and --container-readonly, which may come as 0 from the environment."""
+    writable, readonly = _flag(fields, "writable"), _flag(fields, "readonly")
+    if writable is not None and writable is readonly:
+        raise errors.readonly_and_writable()
+    return writable if readonly is None else not readonly
+
+
+def _mounts(fields: Fields, cwd: str) -> tuple[Mount, ...]:
+    found: dict[Mount, None] = {}
+    for text in fields.get("option.mounts") or ():
+        found.update(dict.fromkeys(mounts.parse(text, cwd)))
+    if len(found) > mounts.MOUNT_LIMIT:
+        raise errors.bad_mount_syntax("…", f"more than {mounts.MOUNT_LIMIT} mounts")
+    return tuple(found)
+
+
+def _workdir(fields: Fields) -> str:
+    path = _checked(_option(fields, "workdir"), "workdir")
+    if path and not path.startswith("/"):
+        raise errors.bad_option("workdir", path, "it must be an absolute path")
+    return path
+
+
+def _environment(fields: Fields) -> tuple[str, ...]:
+    """Names of variables that keep the job's value."""
+    names: dict[str, None] = {}
+    for text in fields.get("option.env") or ():
+        for name in text.split(","):
+            if _ENVIRONMENT_NAME.fullmatch(name) is None or len(name) > NAME_LIMIT:
+                raise errors.bad_option(
+                    "env", text[:64], f"invalid format: '{name[:64]}' is not a name of a variable"
+                )
+            names[name] = None
+    if len(names) > NAME_LIMIT:
+        raise errors.bad_option("env", "…", f"more than {NAME_LIMIT} names")
+    return tuple(names)
+
+
+def _interface_variables(fields: Fields) -> dict[str, str]:
+    """`env.NAME` fields. Overlong values cannot name an interface and are left out."""
+    return {
+        key.removeprefix("env."): values[-1]
+        for key, values in fields.items()
+        if key.startswith("env.") and values and len(values[-1]) <= VALUE_LIMIT
+    }

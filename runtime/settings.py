@@ -1,0 +1,367 @@
+"""One row per setting of enclos.yaml and per option of srun: their only source.
+
+From these rows come the configuration file with its explanations, the JSON schema, the
+environment names, the option table of the Slurm plugin (spank/options.gen.h) and the
+tables of the manual: `python -m enclos.runtime.settings --write` makes them again, and a
+test compares. A section of the file is a dataclass, a row is a field of it, so that
+`config.network.port` is typed.
+
+Must not hold: checks of values (kinds.py), reading of files (config.py), decisions
+(policy.py), generators (generate.py). Pure; imported by the agent, the command line and the generators alike, so
+it stays light.
+"""
+
+# ruff: noqa: RUF009  # setting() and section() are dataclasses.field()
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass, field, fields
+from typing import Any, TypeVar
+
+from enclos.runtime.kinds import Block, Choice, Flag, Kind, Number, Several, SiteMount, Size, Text
+
+T = TypeVar("T")
+
+NETWORKS = ("host", "job", "none")
+
+# ---------------------------------------------------------------- rows of enclos.yaml
+
+
+def setting(default: T, kind: Kind, help: str) -> T:
+    """One row: default, kind of value, and what it does in the words of the manual."""
+    return field(default=default, metadata={"kind": kind, "help": help})
+
+
+def section(cls: type[T]) -> T:
+    """A nested section; its docstring is its explanation."""
+    return field(default_factory=cls, metadata={"section": cls})
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """What a job step gets when its user says nothing, and what users may ask for."""
+
+    default_network: str = setting(
+        "host",
+        Choice(*NETWORKS),
+        "Network of a step that names none with --container-network. 'host' keeps the node's network, as "
+        "a step without a container has it; 'job' gives the job a private network of its own; 'none' "
+        "gives only the loopback interface. Batch and interactive steps stay on 'host' unless they ask by"
+        " name, because an srun that runs in them has to reach slurmctld.",
+    )
+    networks: tuple[str, ...] = setting(
+        NETWORKS,
+        Several(Choice(*NETWORKS), least=1),
+        "Networks that users may ask for. It has to include step.default_network.",
+    )
+    build_deadline_seconds: int = setting(
+        20,
+        Number(1, 600),
+        "Seconds that the making of a container may take. A builder that takes longer is ended and tried "
+        "once more; then the step fails with a message.",
+    )
+    allow_root: bool = setting(
+        False,
+        Flag(),
+        "Let steps of root run in containers. Root in a container of its own user namespace is root of "
+        "the node, so this protects nothing: leave it off.",
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Rootfs:
+    """The root file system of containers."""
+
+    writable: bool = setting(
+        True,
+        Flag(),
+        "Whether a container's root file system can be written to when the user gives neither "
+        "--container-writable nor --container-readonly. What is written lives in memory and is gone with "
+        "the step.",
+    )
+    tmpfs_size: str = setting(
+        "2G",
+        Size(),
+        "Most that the tasks of a step may write into the root file system on one node. It counts as "
+        "memory of the tasks that write it.",
+    )
+    shm_size: str = setting("50%", Size(), "Size limit of /dev/shm in the container.")
+    remap_root: bool = setting(
+        False,
+        Flag(),
+        "Show users as root inside their containers when they give neither --container-remap-root nor "
+        "--no-container-remap-root. It gives no power outside.",
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Mounts:
+    """What containers see of the node's file systems."""
+
+    home: bool = setting(
+        False,
+        Flag(),
+        "Mount the user's home directory when the user gives neither --container-mount-home nor "
+        "--no-container-mount-home.",
+    )
+    user: bool = setting(
+        True, Flag(), "Let users mount with --container-mounts what they can read on the node."
+    )
+    site: tuple[str, ...] = setting(
+        (),
+        Several(SiteMount()),
+        "Mounts that every container gets, in the syntax of --container-mounts, for example "
+        '"/scratch" or "/opt/site:/opt/site:ro". Sources are opened with the rights of the step\'s user.',
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Images:
+    """Where root file systems come from."""
+
+    user_files: str = setting(
+        "refuse",
+        Choice("refuse", "trust"),
+        "Squashfs files that do not belong to root: 'refuse' them, or 'trust' any file that the user can "
+        "read. The node's kernel reads the file's structures, so a file crafted by a user could attack "
+        "it; choose 'trust' only where users are trusted that far. Directories are always accepted.",
+    )
+    idle_seconds: int = setting(
+        600,
+        Number(0, 86400),
+        "Seconds that an image stays mounted on a node after its last step. The next step with it starts "
+        "faster.",
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Underlay:
+    """The network between the nodes that carries the containers' traffic."""
+
+    interface: str = setting(
+        "",
+        Text(r"|[^\s/:]{1,15}", "the name of a network interface, or empty"),
+        "Network interface of the node. Empty: the one that holds the address that network.underlay.name "
+        "resolves to.",
+    )
+    name: str = setting(
+        "{node}",
+        Text(r"[A-Za-z0-9._-]*\{node\}[A-Za-z0-9._-]*", 'a host name with {node} in it, such as "{node}-ib"'),
+        "Host name of a node on that network; {node} stands for Slurm's name of the node. Write it in "
+        "quotes.",
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Network:
+    """Private networks: an overlay (VXLAN) per job between its nodes."""
+
+    underlay: Underlay = section(Underlay)
+    port: int = setting(
+        4789,
+        Number(1024, 65535),
+        "UDP port of the overlay, the same on all nodes. Nothing but the agents may use it.",
+    )
+    ifname: str = setting(
+        "enclos0",
+        Text(
+            r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,14}", "an interface name of at most 15 letters, digits, _ . or -"
+        ),
+        "Name of the interface inside the containers of a private network.",
+    )
+    ipv4: str = setting(
+        "10.77.0.0/16",
+        Block(4, 8, 24),
+        "Addresses of a job's network. Every job uses the same ones: the networks do not see each other. "
+        "It may not overlap with networks that containers have to reach.",
+    )
+    ipv6: str = setting("fd65:6e63:6c6f::/48", Block(6, 16, 64), "The same for IPv6.")
+    relay_uid: int = setting(
+        65534,
+        Number(1, 4294967293),
+        "User id of the process that carries PMIx connections into a private network.",
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Devices:
+    """Device nodes in /dev of containers."""
+
+    nodes: tuple[str, ...] = setting(
+        (),
+        Several(Text(r"/dev/(?!.*(?:^|/)\.\.?(?:/|$))[^\s:,]+", "a path below /dev")),
+        "Device nodes that every container gets beside the usual ones, for example /dev/fuse or "
+        "/dev/infiniband/uverbs0. Their owner and mode on the node still decide who may open them.",
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Log:
+    """The agent's log; it goes to standard error, which systemd keeps in the journal."""
+
+    level: str = setting(
+        "info", Choice("debug", "info", "warning", "error"), "Least important messages that are logged."
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Config:
+    """Settings of Enclos on this node."""
+
+    enabled: bool = setting(
+        True,
+        Flag(),
+        "The kill switch. When false, steps that ask for a container fail with a message; all others run "
+        "as usual.",
+    )
+    step: Step = section(Step)
+    rootfs: Rootfs = section(Rootfs)
+    mounts: Mounts = section(Mounts)
+    images: Images = section(Images)
+    network: Network = section(Network)
+    devices: Devices = section(Devices)
+    log: Log = section(Log)
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """A setting as the generators and the loader see it."""
+
+    key: str
+    default: object
+    kind: Kind
+    help: str
+
+    @property
+    def env(self) -> str:
+        """Name of the environment variable that overrides it for daemon and command line."""
+        return "ENCLOS_" + self.key.upper().replace(".", "_")
+
+
+def subsections(cls: type[Any]) -> dict[str, type[Any]]:
+    """Names and classes of the sections directly in a section."""
+    return {f.name: f.metadata["section"] for f in fields(cls) if "section" in f.metadata}
+
+
+def rows(cls: type[Any] = Config, prefix: str = "") -> Iterator[Row]:
+    """All settings in the order of the file."""
+    for f in fields(cls):
+        if "section" in f.metadata:
+            yield from rows(f.metadata["section"], f"{prefix}{f.name}.")
+        else:
+            yield Row(prefix + f.name, f.default, f.metadata["kind"], f.metadata["help"])
+
+
+# ---------------------------------------------------------------- rows of srun's options
+
+
+@dataclass(frozen=True, slots=True)
+class Option:
+    """One option of srun, sbatch and salloc.
+
+    `key` is NAME of `option.NAME` on the wire; `fixed` is its value when the option takes
+    none. `env` and `pyxis_env` are read when no option with this key was given; they are
+    empty on the second spelling of a key. `detail` is for the manual only.
+    """
+
+    name: str
+    arginfo: str
+    usage: str
+    key: str
+    detail: str = ""
+    fixed: str = ""
+    env: str = ""
+    pyxis_env: str = ""
+
+
+def option(
+    name: str,
+    arginfo: str,
+    usage: str,
+    detail: str = "",
+    *,
+    key: str = "",
+    fixed: str = "",
+    twin: bool = True,
+    pyxis: bool = True,
+) -> Option:
+    """A row of the option table; name without the leading `container-`, its twins follow from it."""
+    rest = name.removeprefix("no-")
+    upper = rest.upper().replace("-", "_")
+    return Option(
+        name=f"{'no-' if rest != name else ''}container-{rest}",
+        arginfo=arginfo,
+        usage=f"[enclos] {usage}",
+        key=key or rest,
+        detail=detail,
+        fixed=fixed,
+        env=f"ENCLOS_CONTAINER_{upper}" if twin else "",
+        pyxis_env=f"PYXIS_CONTAINER_{upper}" if twin and pyxis else "",
+    )
+
+
+OPTIONS: tuple[Option, ...] = (
+    option(
+        "image",
+        "PATH",
+        "run the step in a container made from this image: a squashfs file or a directory on the node",
+        "The path is looked up on the compute node with your rights. ./PATH starts at the step's working "
+        "directory.",
+    ),
+    option(
+        "mounts",
+        "SRC[:DST[:FLAGS]][,...]",
+        'show files or directories of the node inside the container; flags are joined by "+", e.g. '
+        '"ro+noexec"',
+        "SRC alone is mounted at the same place; tmpfs:DST gives an empty directory in memory. May be "
+        "repeated. SRC is looked up on the compute node with your rights.",
+    ),
+    option("workdir", "PATH", "working directory inside the container"),
+    option(
+        "writable",
+        "",
+        "let the step write to the container's root file system; what it writes is gone at its end",
+        fixed="1",
+    ),
+    option("readonly", "", "make the container's root file system read-only", fixed="1"),
+    option("remap-root", "", "be root inside the container; this gives no rights outside", fixed="1"),
+    option("no-remap-root", "", "keep your user id inside the container", fixed="0", twin=False),
+    option("mount-home", "", "mount your home directory inside the container", fixed="1"),
+    option(
+        "no-mount-home", "", "do not mount your home directory inside the container", fixed="0", twin=False
+    ),
+    option("env", "NAME[,NAME...]", "variables that keep the job's value even if the image sets them"),
+    option(
+        "network",
+        "job|host|none",
+        "network of the container: private to this job, the node's, or none",
+        "On a job network the names of the job's nodes lead to their containers, and nobody else can "
+        "reach them.",
+        pyxis=False,
+    ),
+)
+
+# Variables with which users name an interface. Where the container does not have it, the
+# variable is reset, with a notice: otherwise MPI and NCCL fail far from the cause.
+INTERFACE_VARIABLES: tuple[str, ...] = (
+    "NCCL_SOCKET_IFNAME",
+    "GLOO_SOCKET_IFNAME",
+    "TP_SOCKET_IFNAME",
+    "UCX_NET_DEVICES",
+    "OMPI_MCA_btl_tcp_if_include",
+    "OMPI_MCA_oob_tcp_if_include",
+    "PRTE_MCA_prte_if_include",
+    "MPIR_CVAR_CH3_NETWORK_IFNAME",
+    "FI_TCP_IFACE",
+    "FI_SOCKETS_IFACE",
+    "FI_UDP_IFACE",
+    "FI_VERBS_IFACE",
+)
+
+
+if __name__ == "__main__":
+    from enclos.runtime import generate
+
+    sys.exit(generate.main(sys.argv[1:]))
