@@ -1,0 +1,276 @@
+"""Machines made of namespaces: the submit host and the nodes, and the underlay that joins them.
+
+The submit host comes first. Its pid namespace holds the whole cluster, and its network namespace holds the bridge, so
+the machine that runs all this gets no link, no mount and no address; when its first process ends, the kernel ends
+everything else. Each node is unshared from it with pid, network, mount, UTS and IPC namespaces of its own.
+
+Works through util-linux and iproute2, which every Debian has. Knows nothing of Slurm. Runs as root.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import shlex
+import signal
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from enclos.runtime.cluster.layout import SUBMIT, Layout, project_root
+from enclos.runtime.cluster.processes import Process, environment, pids
+from enclos.runtime.cluster.slurm import UNDERLAY4, address4, address6
+
+COOKIE = "ENCLOS_CLUSTER_INIT"
+NAMESPACES = ("--mount", "--net", "--uts", "--ipc", "--pid")
+READY_FD = 8
+PROC_FD = 9
+
+# The first process of a machine. It must end the orphans of its pid namespace: with SIGCHLD ignored the kernel does
+# that by itself, so a plain `sleep` is enough. Nothing that only the host's /proc shows can be read later, so it tells
+# its own pid first, through a descriptor of the host's /proc.
+PROLOGUE = f"""\
+set -eu
+read -r stat < /proc/self/fd/{PROC_FD}/self/stat
+"""
+EPILOGUE = f"""\
+mount -t proc -o nosuid,nodev,noexec proc /proc
+echo "$hostname" > /proc/sys/kernel/hostname
+echo "$stat" >&{READY_FD}
+exec {READY_FD}>&- {PROC_FD}<&- < /dev/null > /dev/null 2>&1
+exec env -i --ignore-signal=CHLD {COOKIE}="$cookie" sleep infinity
+"""
+
+# A root file system of the cluster's own, made of the machine's. Top-level folders are the machine's, except those
+# that a cluster changes: /etc is a copy, /home has the users' homes added, /run, /tmp and /dev/shm are empty.
+CONTROL_ROOT = """\
+mount -t tmpfs -o mode=755,size=64m enclos-root "$state/root"
+cd "$state/root"
+for entry in /* /.[!.]*; do
+    case $entry in
+    /etc|/home|/proc|/run|/tmp|/lost+found) ;;
+    *)  if [ -L "$entry" ]; then cp -P "$entry" ".$entry"
+        elif [ -d "$entry" ]; then mkdir ".$entry"; mount --rbind "$entry" ".$entry"
+        fi ;;
+    esac
+done
+mkdir etc home proc run tmp shared images .kept
+chmod 1777 tmp
+cp -a /etc/. etc/
+mkdir -p etc/enclos etc/slurm
+for file in passwd group hosts; do cat "$state/$file" > "etc/$file"; done
+echo "$hostname" > etc/hostname
+for home in /home/* "$state"/home/*; do
+    [ -d "$home" ] || continue
+    mkdir -p ".$home" "home/${home##*/}"
+    mount --rbind "$home" "home/${home##*/}"
+done
+mount --bind "$state/shared" shared
+mount --bind "$state/images" images
+mount --bind "$state/slurm" etc/slurm
+number=0
+for kept in $hidden; do
+    mkdir ".kept/$number"
+    mount --rbind "$kept" ".kept/$number"
+    number=$((number + 1))
+done
+mount --rbind /proc proc
+pivot_root . .
+cd /
+umount -l /
+"""
+
+# What every machine has for itself. A sysfs mounted in the network namespace shows that namespace's devices, but hides
+# /sys/fs/cgroup, without which slurmd does not start: that one is carried over.
+OWN_MOUNTS = """\
+mount -t tmpfs -o mode=1777,nosuid,nodev tmpfs /tmp
+mount -t tmpfs -o mode=755,nosuid,nodev tmpfs /run
+mount -t tmpfs -o mode=1777,nosuid,nodev tmpfs /dev/shm
+mkdir -m 1777 /run/lock
+mkdir /run/carried
+if [ -d /sys/fs/cgroup ]; then
+    mount --rbind /sys/fs/cgroup /run/carried
+    mount -t sysfs -o nosuid,nodev,noexec sysfs /sys
+    mount --move /run/carried /sys/fs/cgroup
+fi
+rmdir /run/carried
+if [ -d /dev/mqueue ]; then mount -t mqueue mqueue /dev/mqueue; fi
+number=0
+for kept in $hidden; do
+    mkdir -p "$kept"
+    mount --rbind "/.kept/$number" "$kept"
+    number=$((number + 1))
+done
+mount --bind "$state/nodes/$hostname/enclos" /etc/enclos
+"""
+
+NODE_NAME = """\
+echo "$hostname" > /run/hostname
+mount --bind /run/hostname /etc/hostname
+"""
+
+
+def hidden_paths() -> list[Path]:
+    """Folders the cluster needs although they lie below /tmp or /run, which are each machine's own."""
+    wanted = [Path(sys.prefix), Path(__file__).resolve().parents[2]]
+    root = project_root()
+    wanted += [root] if root else []
+    hidden: list[Path] = []
+    for path in sorted(set(wanted)):
+        below = path.is_relative_to("/tmp") or path.is_relative_to("/run")
+        if below and not any(path.is_relative_to(one) for one in hidden):
+            hidden.append(path)
+    return hidden
+
+
+def _script(layout: Layout, hostname: str, *parts: str) -> str:
+    values = {
+        "state": str(layout.state),
+        "hostname": hostname,
+        "cookie": f"{layout.state}/{hostname}",
+        "hidden": " ".join(str(path) for path in hidden_paths()),
+    }
+    head = "".join(f"{name}={shlex.quote(value)}\n" for name, value in values.items())
+    return head + PROLOGUE + "".join(parts) + EPILOGUE
+
+
+def start_control(layout: Layout) -> Process:
+    """Make the submit host: the first process of the cluster.
+
+    Raises:
+        RuntimeError: a namespace or a mount was refused; the text is the tool's own.
+    """
+    script = _script(layout, SUBMIT, CONTROL_ROOT, OWN_MOUNTS)
+    (init,) = _start_inits([["unshare", *NAMESPACES, "--fork", "sh", "-c", script]])
+    return init
+
+
+def start_nodes(layout: Layout, control: Process, names: Sequence[str]) -> list[Process]:
+    """Make the nodes, all at the same time; errors as start_control."""
+    commands = []
+    for name in names:
+        script = _script(layout, name, OWN_MOUNTS, NODE_NAME)
+        # The unshare in between ends at once; the node's first process then belongs to the submit host's first one.
+        inner = shlex.join(["unshare", *NAMESPACES, "--fork", "sh", "-c", script])
+        commands.append([*enter_command(control), "sh", "-c", f"{inner} & wait $!"])
+    return _start_inits(commands)
+
+
+def _start_inits(commands: Sequence[Sequence[str]]) -> list[Process]:
+    """Start machines' first processes and wait until each has said that it is ready."""
+    started = [_start_init(command) for command in commands]
+    inits: list[Process] = []
+    failure = ""
+    for helper, reader in started:
+        with os.fdopen(reader) as ready:
+            stat = ready.readline()
+        if stat:
+            inits.append(Process.parse_stat(stat))
+            _leave_behind(inits[-1], helper)
+        else:
+            failure = helper.communicate()[1].strip() or f"exit status {helper.returncode}"
+    if failure:
+        for init in inits:
+            init.kill()
+        raise RuntimeError(f"cannot make a machine of namespaces: {failure}")
+    return inits
+
+
+def _start_init(command: Sequence[str]) -> tuple[subprocess.Popen[str], int]:
+    """Start one with its two descriptors in place: READY_FD to write to, PROC_FD of the host's /proc."""
+    reader, low_writer = os.pipe()
+    low_proc = os.open("/proc", os.O_PATH | os.O_DIRECTORY)
+    # Out of the way of the two numbers they get.
+    writer, proc = (fcntl.fcntl(low, fcntl.F_DUPFD_CLOEXEC, 32) for low in (low_writer, low_proc))
+    os.close(low_writer)
+    os.close(low_proc)
+    shell = f'exec {READY_FD}>&{writer} {PROC_FD}<&{proc} {writer}>&- {proc}<&-; exec "$@"'
+    helper = subprocess.Popen(
+        ["bash", "-c", shell, "init", *command],
+        pass_fds=(writer, proc),
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+        cwd="/",
+    )
+    os.close(writer)
+    os.close(proc)
+    return helper, reader
+
+
+def _leave_behind(init: Process, helper: subprocess.Popen[str]) -> None:
+    """End the helpers that started a machine, so that only the machine stays."""
+    parent = Process.of_pid(_parent(init.pid))
+    if parent is not None and parent.pid != helper.pid and parent.pid > 1:
+        parent.send(signal.SIGKILL)
+    helper.kill()
+    helper.communicate()
+
+
+def _parent(pid: int) -> int:
+    stat = Path(f"/proc/{pid}/stat").read_text(errors="surrogateescape")
+    return int(stat.rpartition(")")[2].split()[1])
+
+
+def find_stray_inits(layout: Layout) -> list[Process]:
+    """First processes of this cluster's machines, found without any record, by the cookie they carry."""
+    found = []
+    for pid in pids():
+        if environment(pid).get(COOKIE, "").rpartition("/")[0] == str(layout.state):
+            process = Process.of_pid(pid)
+            if process is not None:
+                found.append(process)
+    return found
+
+
+def enter_command(machine: Process, namespaces: Sequence[str] = ()) -> list[str]:
+    """The words that run a command on a machine, entered in all its namespaces unless some are named.
+
+    Not `ip netns exec`: that mounts a /sys without /sys/fs/cgroup.
+    """
+    chosen = namespaces or ("--mount", "--net", "--uts", "--ipc", "--pid")
+    return ["nsenter", "--target", str(machine.pid), *chosen, "--"]
+
+
+def connect(control: Process, nodes: Sequence[Process], names: Sequence[str]) -> None:
+    """Lay the underlay: a bridge on the submit host, a veth pair to each node.
+
+    Raises:
+        RuntimeError: the kernel refused a link or an address.
+    """
+    rows = [
+        "link set lo up",
+        "link add br0 type bridge forward_delay 0 mcast_snooping 0",
+        *_addresses("br0", 0),
+        "link set br0 up",
+    ]
+    for name, node in zip(names, nodes, strict=True):
+        rows.append(f"link add {name} type veth peer name eth0 netns {node.pid}")
+        rows.append(f"link set {name} master br0 up")
+    _batch(control, rows)
+    for index, node in enumerate(nodes, start=1):
+        _batch(node, ["link set lo up", *_addresses("eth0", index), "link set eth0 up"])
+
+
+def _addresses(device: str, index: int) -> list[str]:
+    assert address4(index).startswith(UNDERLAY4)
+    return [
+        f"addr add {address4(index)}/16 dev {device}",
+        f"addr add {address6(index)}/64 dev {device} nodad",
+    ]
+
+
+def _batch(machine: Process, rows: Sequence[str]) -> None:
+    command = [*enter_command(machine, ["--net"]), "ip", "-batch", "-"]
+    done = subprocess.run(command, input="\n".join(rows) + "\n", capture_output=True, text=True, check=False)
+    if done.returncode != 0:
+        raise RuntimeError(f"cannot lay the cluster's underlay: {done.stderr.strip()}")
+
+
+def namespaces(machine: Process) -> Mapping[str, str]:
+    """The machine's namespaces as the kernel names them: {"net": "net:[4026532000]", …}."""
+    kinds = ("pid", "net", "mnt", "uts", "ipc")
+    return {kind: os.readlink(f"/proc/{machine.pid}/ns/{kind}") for kind in kinds}
