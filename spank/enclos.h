@@ -1,0 +1,75 @@
+/*
+ * What the shim's files share: the order in which enclos.c calls them is the way of a step in DESIGN.
+ *
+ * Everything here runs inside Slurm's programs: as the user in srun, sbatch and salloc; as root in slurmstepd until
+ * task_init, where it is the user. No file but wire.c may talk to the agent, none but join.c changes namespaces.
+ */
+#ifndef ENCLOS_H
+#define ENCLOS_H
+
+#include <stdbool.h>
+#include <stddef.h>
+#include <sys/types.h>
+
+#include <slurm/slurm.h>
+#include <slurm/spank.h>
+
+#include "wire.h"
+
+#define ENCLOS_SOCKET "/run/enclos/agent.sock"
+#define ENCLOS_BATCH_STEP 0xfffffffbU
+#define ENCLOS_EXTERN_STEP 0xfffffffcU
+
+/*
+ * slurmstepd's copy of slurm.conf; each of Slurm's programs exports it, but it is not part of the plugin interface.
+ * Weak, so that a release without it loads the plugin all the same; test `&slurm_conf != NULL` before use.
+ */
+extern slurm_conf_t slurm_conf __attribute__((weak));
+
+/* options.c: the rows of options.gen.h as Slurm's options, their values, and what srun can check early */
+void options_register(spank_t spank);
+void options_from_environment(void);
+int options_check_local(void);
+void options_settle(spank_t spank);
+bool options_image_given(void);
+const char *options_image_text(void);
+void options_use_image(const char *image);
+void options_add_fields(struct wire_out *out);
+const char *const *options_interface_variables(void);
+
+/* step.c: facts of a step from slurmstepd, and of a job from the prolog's environment */
+bool step_wants_container(spank_t spank);
+bool step_is_extern(spank_t spank);
+void step_add_facts(spank_t spank, struct wire_out *out);
+bool job_add_facts(struct wire_out *out);
+int step_task(spank_t spank);
+
+/* report.c: the one error of a step on this node, kept until the task can show it */
+void report_prepare(void);
+void report_keep(const char *format, ...) __attribute__((format(printf, 1, 2)));
+void report_keep_hint(const char *text, const char *hint);
+bool report_kept(void);
+const char *report_node(void);
+void report_exit(int status) __attribute__((noreturn));
+
+/* join.c: from a JOIN to a task inside the container */
+struct join {
+	struct wire_in *reply; /* NULL until the agent has answered ok */
+	int user_fd, mnt_fd, ipc_fd, uts_fd;
+	void *filter; /* seccomp program: array of struct sock_filter */
+	size_t filter_bytes;
+};
+
+bool join_wait(struct join *join, int fd, const struct wire_out *request, bool show);
+bool join_network(struct join *join);
+bool join_environment(struct join *join, spank_t spank);
+bool join_container(struct join *join);
+bool join_confine(struct join *join);
+bool join_find_command(spank_t spank);
+
+/* taskprolog.c: the site's TaskProlog, run outside the container */
+void taskprolog_arm(void);
+bool taskprolog_run(spank_t spank);
+void taskprolog_apply(spank_t spank);
+
+#endif
