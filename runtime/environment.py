@@ -1,0 +1,134 @@
+"""Which variables a container's tasks get besides the job's: rules, no process's own environment. Pure.
+
+The image brings variables in its /etc/environment, as enroot's and our importer write it. They win over
+the job's, as users know it from pyxis, except for what Slurm and MPI's start depend on. Variables that
+name a network interface are taken away where the container's network has no such interface.
+"""
+
+import ipaddress
+import re
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+# All of it travels in one packet of 128 KiB, with room for the rest of the reply.
+MOST_BYTES = 65536
+MOST_VARIABLES = 1024
+
+NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
+
+# Set by Slurm, by its MPI plugins or by us for this very task. "PMI" covers PMI_, PMI2_ and PMIX_.
+PROTECTED_PREFIXES = ("SLURM", "SRUN_", "SPANK_", "PMI", "ENCLOS_", "OMPI_COMM_WORLD_", "MPIR_")
+# The user's identity, and what Slurm's gres plugins decide.
+PROTECTED_NAMES = frozenset(
+    {"HOME", "USER", "LOGNAME", "PWD", "OLDPWD", "TMPDIR", "HOSTNAME"}
+    | {"CUDA_VISIBLE_DEVICES", "GPU_DEVICE_ORDINAL", "ROCR_VISIBLE_DEVICES", "ZE_AFFINITY_MASK"}
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Unset:
+    """Variables to take away, and the one line that tells the user, or ""."""
+
+    names: tuple[str, ...] = ()
+    notice: str = ""
+
+
+def parse_etc_environment(data: bytes) -> list[tuple[str, str]]:
+    """The (name, value) lines of an image's /etc/environment, in order.
+
+    A line is `NAME=VALUE`, perhaps after `export `, the value perhaps in one pair of quotes. Other lines
+    are skipped. What is beyond MOST_VARIABLES or MOST_BYTES (names, values and two bytes each) is left
+    out: an image must not be able to fill the reply.
+    """
+    variables: list[tuple[str, str]] = []
+    room = MOST_BYTES
+    for raw in data[: 2 * MOST_BYTES].split(b"\n"):
+        line = raw.decode(errors="surrogateescape").strip().removeprefix("export ").lstrip()
+        name, separator, value = line.partition("=")
+        if not separator or not NAME.fullmatch(name) or "\0" in value:
+            continue
+        if len(value) >= 2 and value[0] == value[-1] and value[0] in "\"'":
+            value = value[1:-1]
+        room -= len(name) + len(value.encode(errors="surrogateescape")) + 2
+        if room < 0 or len(variables) == MOST_VARIABLES:
+            break
+        variables.append((name, value))
+    return variables
+
+
+def is_protected(name: str) -> bool:
+    """Whether an image may not set this variable."""
+    return name in PROTECTED_NAMES or name.startswith(PROTECTED_PREFIXES)
+
+
+def from_image(variables: Iterable[tuple[str, str]], keep: Collection[str]) -> list[tuple[str, str]]:
+    """The image's variables that the tasks get; the last of a name wins.
+
+    Args:
+        variables: as parse_etc_environment returns them.
+        keep: names given with --container-env, whose values stay the job's.
+    """
+    merged = {name: value for name, value in variables if name not in keep and not is_protected(name)}
+    return list(merged.items())
+
+
+def unset_interfaces(
+    variables: Mapping[str, str],
+    interfaces: Collection[str],
+    addresses: Sequence[str] = (),
+    devices: Collection[str] = (),
+) -> Unset:
+    """The variables that only name interfaces which are not there. Scripts set them for the host.
+
+    Args:
+        variables: those of the job that name interfaces (NCCL_SOCKET_IFNAME, ...).
+        interfaces: names in the container's network.
+        addresses: its addresses, for values that are subnets.
+        devices: its RDMA devices, for UCX.
+    """
+    names = tuple(
+        name
+        for name, value in variables.items()
+        if value.strip()
+        and not any(_is_there(name, entry, interfaces, addresses, devices) for entry in _entries(value))
+    )
+    if not names:
+        return Unset()
+    given = ", ".join(f"{name}={variables[name]}" for name in names)
+    there = ", ".join(sorted(interfaces)) or "none"
+    return Unset(names, f"unset {given}: no such interface in the container's network (it has {there})")
+
+
+def _entries(value: str) -> list[str]:
+    """The entries of a list of interfaces; a list of exclusions ("^a,b") is one entry "^".
+
+    A list that begins with "=" (NCCL: exact names, not prefixes) gives entries that do.
+    """
+    if value.startswith("^"):
+        return ["^"]
+    mark = "=" if value.startswith("=") else ""
+    return [mark + entry.strip() for entry in value.removeprefix("=").split(",") if entry.strip()]
+
+
+def _is_there(
+    name: str, entry: str, interfaces: Collection[str], addresses: Sequence[str], devices: Collection[str]
+) -> bool:
+    if entry in ("^", "all", "any"):
+        return True
+    if name.startswith("NCCL_"):
+        wanted, _, _ = entry.removeprefix("=").partition(":")
+        if entry.startswith("="):
+            return wanted in interfaces
+        return any(known.startswith(wanted) for known in interfaces)
+    if "/" in entry:
+        return _in_subnet(entry, addresses)
+    device, _, _ = entry.partition(":")
+    return entry in interfaces or device in devices or entry in addresses
+
+
+def _in_subnet(entry: str, addresses: Sequence[str]) -> bool:
+    try:
+        subnet = ipaddress.ip_network(entry, strict=False)
+    except ValueError:
+        return False
+    return any(ipaddress.ip_address(address) in subnet for address in addresses)
