@@ -1,0 +1,92 @@
+# Build, try and test Enclos. `make help` lists the targets.
+
+PYTHON ?= /usr/bin/python3
+VENV := .venv
+BIN := $(VENV)/bin
+SHIM := build/spank_enclos.so
+
+DESTDIR ?=
+prefix ?= /usr/local
+sysconfdir ?= /etc
+unitdir ?= $(prefix)/lib/systemd/system
+libdir := $(prefix)/lib/enclos
+
+SPANK_SOURCES := $(wildcard spank/*.c spank/*.h spank/*.lds spank/Makefile)
+LINUX_SOURCES := $(wildcard runtime/linux/*.c runtime/linux/*.h) runtime/linux/build.py
+MYPY_ROOT := build/mypy
+
+.DELETE_ON_ERROR:
+.PHONY: all help deps demo test test-unit test-kernel test-cluster lint bench install clean
+
+all: deps build/.venv-stamp build/.linux-stamp $(SHIM) ## build everything: packages, virtual environment, plugin
+
+help: ## this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+deps: ## install the Debian packages that are missing (as root)
+	@.ci/install-packages
+
+# The virtual environment. The package is installed editable: `enclos`, `enclosd` and `enclos-cluster` run this checkout.
+build/.venv-stamp: pyproject.toml setup.py | deps
+	@mkdir -p build
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[test,bench]'
+	@touch $@ build/.linux-stamp
+
+# The cffi module with the system calls that Python lacks; the first time pip has built it.
+build/.linux-stamp: $(LINUX_SOURCES) | build/.venv-stamp
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --editable .
+	@touch $@
+
+# The Slurm plugin, for the Slurm of this machine.
+$(SHIM): $(SPANK_SOURCES) | deps
+	@mkdir -p build
+	$(MAKE) --no-print-directory -C spank
+
+demo: all ## the main job on a fresh two-node cluster, as root
+	@$(BIN)/enclos-cluster demo
+
+test: all lint ## lint, then unit, kernel and cluster tests, as root
+	@$(BIN)/pytest tests/unit tests/kernel tests/cluster
+
+test-unit: all ## unit tests only: seconds, no root
+	@$(BIN)/pytest tests/unit
+
+test-kernel: all ## tests with namespaces of their own, as root
+	@$(BIN)/pytest tests/kernel
+
+test-cluster: all ## tests on a real Slurm, as root
+	@$(BIN)/pytest tests/cluster
+
+# mypy wants to find `enclos.runtime` below a folder `enclos`; the checkout has `runtime/` (setup.py maps it).
+lint: build/.venv-stamp ## ruff and mypy --strict
+	@mkdir -p $(MYPY_ROOT)/enclos
+	@ln -sfn ../../../runtime $(MYPY_ROOT)/enclos/runtime
+	@ln -sfn ../../../netns $(MYPY_ROOT)/enclos/netns
+	@ln -sfn ../../../enclos/__init__.py $(MYPY_ROOT)/enclos/__init__.py
+	@$(BIN)/ruff check --quiet .
+	@MYPYPATH=$(MYPY_ROOT) $(BIN)/mypy --no-error-summary -p enclos
+	@MYPYPATH=$(MYPY_ROOT) $(BIN)/mypy --no-error-summary tests
+
+bench: all ## all benchmarks, as root; the report is in build/benchmarks
+	@$(BIN)/python -m benchmarks
+
+install: $(SHIM) ## install for a site: DESTDIR=, prefix=/usr/local, sysconfdir=/etc
+	install -d $(DESTDIR)$(prefix)/bin $(DESTDIR)$(libdir) $(DESTDIR)$(sysconfdir)/enclos $(DESTDIR)$(unitdir)
+	$(PYTHON) -m venv build/install-venv
+	build/install-venv/bin/pip install --quiet --disable-pip-version-check --upgrade --target $(DESTDIR)$(libdir)/python .
+	rm -rf $(DESTDIR)$(libdir)/python/bin
+	set -e; for row in enclos:cli.main enclosd:daemon enclos-cluster:cluster.main; do \
+	    program=$(DESTDIR)$(prefix)/bin/$${row%%:*}; \
+	    printf '#!%s -I\nimport sys\nsys.path.insert(0, "%s")\nfrom enclos.runtime.%s import main\nsys.exit(main())\n' \
+	        '$(PYTHON)' '$(libdir)/python' "$${row#*:}" > "$$program"; \
+	    chmod 755 "$$program"; \
+	done
+	install -m 755 $(SHIM) $(DESTDIR)$(libdir)/spank_enclos.so
+	if [ -f build/enclos-noop ]; then install -m 755 build/enclos-noop $(DESTDIR)$(libdir)/; fi
+	test -e $(DESTDIR)$(sysconfdir)/enclos/enclos.yaml || install -m 644 conf/enclos.yaml $(DESTDIR)$(sysconfdir)/enclos/
+	for unit in conf/*.service; do [ ! -f "$$unit" ] || install -m 644 "$$unit" $(DESTDIR)$(unitdir)/; done
+	@echo 'plugstack.conf: required $(libdir)/spank_enclos.so'
+
+clean: ## remove what was built; the virtual environment stays
+	rm -rf build runtime/linux/_linux*.so runtime/linux/_linux.c *.egg-info
