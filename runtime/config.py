@@ -11,6 +11,7 @@ in the agent as root and in the command line as anybody; the file belongs to roo
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -54,7 +55,9 @@ def config_path(environ: Mapping[str, str] = os.environ) -> str:
     return environ.get(PATH_VARIABLE) or DEFAULT_PATH
 
 
-def load(path: str | None = None, environ: Mapping[str, str] = os.environ) -> Loaded:
+def load(
+    path: str | None = None, environ: Mapping[str, str] = os.environ, *, must_exist: bool = False
+) -> Loaded:
     """Read the configuration file and the environment.
 
     Raises:
@@ -64,7 +67,9 @@ def load(path: str | None = None, environ: Mapping[str, str] = os.environ) -> Lo
     path = path or config_path(environ)
     try:
         data = Path(path).read_bytes()
-    except FileNotFoundError:
+    except FileNotFoundError as error:
+        if must_exist:
+            raise errors.config_unreadable(path, error.errno or 0) from error
         return parse(b"", path, environ, exists=False)
     except OSError as error:
         raise errors.config_unreadable(path, error.errno or 0) from error
@@ -201,19 +206,28 @@ def _place(origin: str) -> str:
     )
 
 
-def shown(value: object) -> str:
+def shown(value: object, width: int = VALUE_WIDTH) -> str:
     """A value as a person would write it in the file, shortened."""
     if isinstance(value, bool):
         text = "true" if value else "false"
     elif isinstance(value, str):
         text = f'"{value}"'
     elif isinstance(value, list | tuple):
-        text = f"[{', '.join(shown(item) for item in value)}]"
+        text = f"[{', '.join(shown(item, width) for item in value)}]"
     elif isinstance(value, yaml.Node):
         text = str(value.value) if isinstance(value, yaml.ScalarNode) else "(nested)"
     else:
         text = str(value)
-    return text if len(text) <= VALUE_WIDTH else text[: VALUE_WIDTH - 1] + "…"
+    return text if len(text) <= width else text[: width - 1] + "…"
+
+
+def yaml_value(value: object) -> str:
+    """A value as YAML, in full; strings that are more than a word in quotes."""
+    if isinstance(value, str) and value.isalnum():
+        return value
+    if isinstance(value, tuple) and all(isinstance(item, str) and item.isalnum() for item in value):
+        return f"[{', '.join(value)}]"
+    return shown(value, sys.maxsize)
 
 
 def _build(cls: type[Any], prefix: str, values: Mapping[str, object]) -> Any:  # noqa: ANN401  # an instance of cls

@@ -74,23 +74,12 @@ def reason(number: int) -> str:
     return words.get(number) or os.strerror(number).lower()
 
 
-def cause(error: OSError) -> str:
-    """The errno in words and, for a mount, what the kernel logged about it."""
-    log = str(getattr(error, "log", "") or "").strip().replace("\n", "; ")
-    words = reason(error.errno or 0)
-    return f"{words}: {log}" if log else words
-
-
-def namespace_limit(error: OSError) -> str:
-    """The sysctl that forbids namespaces, read back; the kernel says "No space left on device"."""
+def namespace_limit() -> str:
+    """The sysctl that forbids namespaces, or "". The kernel only says "No space left on device"."""
     for name in ("user", "mnt", "ipc", "uts", "net"):
         if _sysctl(f"user/max_{name}_namespaces") == "0":
             return f"user.max_{name}_namespaces is 0"
-    if error.errno in (errno.ENOSPC, errno.EUSERS):
-        return f"possibly user.max_user_namespaces, {_sysctl('user/max_user_namespaces')}, is used up"
-    if _sysctl("kernel/apparmor_restrict_unprivileged_userns") == "1":
-        return "possibly kernel.apparmor_restrict_unprivileged_userns, which is 1"
-    return reason(error.errno or 0)
+    return ""
 
 
 def _sysctl(name: str) -> str:
@@ -157,22 +146,22 @@ def not_squashfs(reference: str) -> EnclosError:
     )
 
 
-def image_truncated(reference: str, detail: str = "") -> EnclosError:
-    """The file is shorter than its superblock says."""
+def image_truncated(reference: str, expected: int, found: int) -> EnclosError:
+    """The file is shorter than its superblock says; both in bytes."""
     return UserError(
         _image(reference),
         "image is truncated",
-        detail or "shorter than its header says",
+        f"{found} bytes, its header says {expected}",
         "copy or build it again",
     )
 
 
-def image_damaged(reference: str, error: OSError) -> EnclosError:
+def image_damaged(reference: str, detail: str) -> EnclosError:
     """The kernel refused to mount it."""
     return UserError(
         _image(reference),
         "image cannot be mounted",
-        cause(error),
+        detail,
         "possibly damaged, or its compression is not known to the node's kernel; build it again with gzip"
         " or zstd",
     )
@@ -191,14 +180,8 @@ def image_untrusted(reference: str) -> EnclosError:
 # ---------------------------------------------------------------- mounts and directories
 
 
-def _mount(text: str) -> str:
-    """A mount as typed; the options and settings that mount something keep their own names."""
-    return text if text.startswith(("--", "mounts.")) else f"--container-mounts={text}"
-
-
-def _path_in(text: str, path: str) -> str:
-    """The path, where the typed text does not start with it."""
-    return "" if text == path or text.startswith(f"{path}:") else f" {path}"
+def _mount(source: str, target: str) -> str:
+    return f"--container-mounts={source}:{target}" if source != target else f"--container-mounts={source}"
 
 
 def bad_mount_syntax(text: str, detail: str) -> EnclosError:
@@ -210,31 +193,29 @@ def bad_mount_syntax(text: str, detail: str) -> EnclosError:
     )
 
 
-def mount_source_missing(text: str, source: str) -> EnclosError:
+def mount_source_missing(source: str, target: str) -> EnclosError:
     """Nothing there, seen with the user's rights."""
     return UserError(
-        _mount(text),
-        f"source path{_path_in(text, source)} does not exist",
-        hint="sources are looked up on the compute node",
+        _mount(source, target), "source path does not exist", hint="sources are looked up on the compute node"
     )
 
 
-def mount_source_denied(text: str, source: str) -> EnclosError:
+def mount_source_denied(source: str, target: str) -> EnclosError:
     """The user may not go there."""
     return UserError(
-        _mount(text),
-        f"source path{_path_in(text, source)} is not accessible",
+        _mount(source, target),
+        "source path is not accessible",
         "permission denied",
         "sources are opened with your rights on the compute node",
     )
 
 
-def mount_target_failed(text: str, target: str, error: OSError) -> EnclosError:
+def mount_target_failed(source: str, target: str, number: int) -> EnclosError:
     """The place to mount on cannot be made or used."""
     return UserError(
-        _mount(text),
-        f"couldn't mount at {target} in the container",
-        cause(error),
+        _mount(source, target),
+        "couldn't mount at this target in the container",
+        reason(number),
         "does the target exist in the image, and is it a directory if the source is one?",
     )
 
@@ -416,6 +397,23 @@ def agent_not_running(socket: str, number: int) -> EnclosError:
     )
 
 
+def agent_silent(socket: str, seconds: int) -> EnclosError:
+    """It accepts the connection and does not answer."""
+    return AdminError(
+        "", "agent does not answer", f"{socket}: nothing for {seconds} s", ADMIN + "journalctl -u enclosd"
+    )
+
+
+def bad_answer(detail: str) -> EnclosError:
+    """The agent's answer is not of the protocol."""
+    return AdminError(
+        "agent",
+        "its answer cannot be understood",
+        detail,
+        ADMIN + "are enclos and enclosd of the same release?",
+    )
+
+
 def agent_restarted() -> EnclosError:
     """The agent ended while it made the container."""
     return AdminError(
@@ -443,23 +441,24 @@ def root_step() -> EnclosError:
     )
 
 
-def userns_forbidden(error: OSError) -> EnclosError:
-    """No user namespaces on this node; call it where the error happened: it reads the limits back."""
+def userns_forbidden(cause: str = "") -> EnclosError:
+    """No user namespaces on this node. A sysctl that forbids them, read back, goes before `cause`."""
     return AdminError(
         "",
         "cannot create a user namespace",
-        namespace_limit(error),
+        namespace_limit() or cause,
         ADMIN + "raise it; 'enclos check' tests all requirements",
     )
 
 
-def build_failed(operation: str, error: OSError) -> EnclosError:
+def build_failed(operation: str, number: int) -> EnclosError:
     """An operation of the plan failed."""
-    if error.errno == errno.EDQUOT or (error.errno == errno.ENOSPC and "namespace" not in operation):
-        hint = "the writable layer is limited: rootfs.tmpfs_size in enclos.yaml"
-    else:
-        hint = "journalctl -u enclosd; 'enclos check' tests all requirements"
-    return AdminError("container", f"cannot be made: {operation}", cause(error), ADMIN + hint)
+    return AdminError(
+        "container",
+        f"cannot be made: {operation}",
+        reason(number),
+        ADMIN + "journalctl -u enclosd; 'enclos check' tests all requirements",
+    )
 
 
 def builder_ended(operation: str, status: str) -> EnclosError:

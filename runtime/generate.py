@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from enclos.runtime.config import shown
+from enclos.runtime.config import yaml_value
 from enclos.runtime.settings import INTERFACE_VARIABLES, OPTIONS, Config, Row, rows, subsections
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -85,10 +85,10 @@ def yaml_example() -> str:
     head = [
         f"## {NOTE}.",
         "##",
-        "## Settings of Enclos on a compute node, read from /etc/enclos/enclos.yaml. Each key below shows its",
-        "## default; remove the '# ' before a key, and before the sections above it, to change it. An empty",
-        "## file works. 'enclos config validate' checks the file, 'enclos config show' prints what is in",
-        "## force and where it came from. See enclos.yaml(5).",
+        "## Settings of Enclos on a compute node, read from /etc/enclos/enclos.yaml. Each key below shows",
+        "## its default; remove the '# ' before a key, and before the sections above it, to change it. An",
+        "## empty file works. 'enclos config validate' checks the file, 'enclos config show' prints what",
+        "## is in force and where it came from. See enclos.yaml(5).",
     ]
     return "\n".join([*head, *_yaml_section(Config, "", 0)]) + "\n"
 
@@ -117,15 +117,6 @@ def _comment(text: str, indent: str) -> list[str]:
 
 def _doc(cls: type[Any]) -> str:
     return (cls.__doc__ or "").strip()
-
-
-def yaml_value(value: object) -> str:
-    """A default as YAML; strings that are more than a word in quotes."""
-    if isinstance(value, str) and value.isalnum():
-        return value
-    if isinstance(value, tuple) and all(isinstance(item, str) and item.isalnum() for item in value):
-        return f"[{', '.join(value)}]"
-    return shown(value)
 
 
 # ---------------------------------------------------------------- conf/enclos.schema.json

@@ -7,8 +7,8 @@ test compares. A section of the file is a dataclass, a row is a field of it, so 
 `config.network.port` is typed.
 
 Must not hold: checks of values (kinds.py), reading of files (config.py), decisions
-(policy.py), generators (generate.py). Pure; imported by the agent, the command line and the generators alike, so
-it stays light.
+(policy.py), generators (generate.py). Pure; imported by the agent, the command line and the
+generators alike, so it stays light.
 """
 
 # ruff: noqa: RUF009  # setting() and section() are dataclasses.field()

@@ -1,0 +1,91 @@
+"""`enclos check`, the part about this node: configuration, agent, underlay, tools.
+
+Runs as whoever types the command.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import socket
+from collections.abc import Iterator
+from pathlib import Path
+
+from enclos.runtime import config
+from enclos.runtime.cli import client
+from enclos.runtime.cli.finding import Finding, mend, note, ok
+from enclos.runtime.errors import EnclosError
+from enclos.runtime.settings import Config
+
+TOOLS = {"nft": "install nftables: the agent guards the tunnels with it"}
+
+
+def findings() -> Iterator[Finding]:
+    """All findings about this node."""
+    for tool, hint in TOOLS.items():
+        # A user's PATH may lack the directories of root's tools.
+        found = shutil.which(tool) or shutil.which(tool, path="/usr/sbin:/sbin:/usr/local/sbin")
+        yield ok(tool, found) if found else mend(tool, "not installed", hint)
+    settings = None
+    try:
+        loaded = config.load()
+        settings = loaded.config
+        yield ok("configuration", loaded.path if loaded.exists else f"{loaded.path} does not exist: defaults")
+    except EnclosError as error:
+        yield mend("configuration", error.line(), error.hint)
+    if settings is not None:
+        if not settings.enabled:
+            yield note(
+                "enabled", "false: all steps that ask for a container are refused", "it is the kill switch"
+            )
+        yield from underlay_findings(settings)
+        yield from device_findings(settings)
+    yield agent_finding()
+
+
+def agent_finding(path: str = client.USER_SOCKET) -> Finding:
+    """Ask the agent how it is."""
+    try:
+        status = client.ask("status", path)
+    except EnclosError as error:
+        return mend("agent", error.line(), error.hint.removeprefix("administrator: "))
+    version = status.get("version", "?") if isinstance(status, dict) else "?"
+    return ok("agent", f"enclosd {version}")
+
+
+def node_name() -> str:
+    """The name that Slurm most likely has for this node."""
+    return os.environ.get("SLURMD_NODENAME") or socket.gethostname().partition(".")[0]
+
+
+def underlay_findings(settings: Config) -> Iterator[Finding]:
+    """The interface to the other nodes, found as the agent finds it; needed only for job networks."""
+    from enclos.netns import underlay
+    from enclos.netns.facts import NetworkFact
+
+    wanted = settings.network.underlay
+    try:
+        found = underlay.find(node_name(), wanted.interface, wanted.name)
+    except (NetworkFact, OSError) as error:
+        text, hint = str(error), "set network.underlay in enclos.yaml, or mend /etc/hosts"
+        needed = "job" in settings.step.networks
+        yield mend("underlay", text, hint) if needed else note("underlay", text, hint)
+        return
+    yield ok("underlay", f"{found.ifname}, {found.address}, MTU {found.mtu}")
+
+
+def device_findings(settings: Config) -> Iterator[Finding]:
+    """devices.nodes exist here."""
+    missing = [path for path in settings.devices.nodes if not Path(path).exists()]
+    if missing:
+        yield mend(
+            "devices.nodes",
+            f"missing: {', '.join(missing)}",
+            "load the driver, or remove it from enclos.yaml",
+        )
+    bad = [path for path in settings.devices.nodes if re.match(r"/dev/(mem|kmem|port|sd|nvme|vd|loop)", path)]
+    if bad:
+        yield note(
+            "devices.nodes", f"{', '.join(bad)} in every container", "owner and mode of the node still apply"
+        )

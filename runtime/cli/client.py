@@ -1,0 +1,50 @@
+"""Ask the agent of this node, over the socket that is open to users (docs/protocol.md).
+
+Runs as whoever types the command; the agent knows the caller by SO_PEERCRED and decides
+what to show. Must not hold what verbs print.
+"""
+
+from __future__ import annotations
+
+import json
+import socket
+from typing import Any
+
+from enclos.runtime import errors, protocol
+
+USER_SOCKET = "/run/enclos/user.sock"
+ANSWER_SECONDS = 5.0
+
+
+def ask(verb: str, path: str = USER_SOCKET, **fields: str) -> Any:  # noqa: ANN401  # whatever JSON holds
+    """Send one request and return the JSON of its answer.
+
+    Raises:
+        EnclosError: agent_not_running, agent_silent, or the agent's own error in its words.
+    """
+    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_CLOEXEC) as connection:
+        connection.settimeout(ANSWER_SECONDS)
+        try:
+            connection.connect(path)
+            request = {"version": str(protocol.VERSION), "verb": verb, **fields}
+            protocol.send(connection, request.items())
+            answer = protocol.receive(connection)
+        except TimeoutError as error:
+            raise errors.agent_silent(path, int(ANSWER_SECONDS)) from error
+        except OSError as error:
+            raise errors.agent_not_running(path, error.errno or 0) from error
+        except protocol.ProtocolError as error:
+            raise errors.bad_answer(str(error)) from error
+    if answer is None:
+        raise errors.bad_answer("it closed the connection without an answer")
+    with answer:
+        return _value(answer)
+
+
+def _value(answer: protocol.Message) -> Any:  # noqa: ANN401
+    if answer.get("status") != "ok":
+        raise errors.EnclosError("", answer.get("text") or "the agent refused", hint=answer.get("hint"))
+    try:
+        return json.loads(answer.get("json", "null"))
+    except ValueError as error:
+        raise errors.bad_answer("its JSON cannot be read") from error

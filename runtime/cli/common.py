@@ -1,0 +1,48 @@
+"""What the verbs share: arguments with short errors, tables, JSON, and the printing of an error.
+
+Runs as whoever types the command. Must not hold anything about containers.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from typing import NoReturn
+
+from enclos.runtime import errors
+
+
+class Parser(argparse.ArgumentParser):
+    """An argument parser whose errors are one line and a hint instead of the whole help."""
+
+    def error(self, message: str) -> NoReturn:
+        raise errors.usage(self.prog, message)
+
+
+def add_json(parser: argparse.ArgumentParser) -> None:
+    """The option that every verb with a readable output has."""
+    parser.add_argument("--json", action="store_true", help="print JSON for programs")
+
+
+def print_json(value: object) -> None:
+    """One JSON text, indented, with a newline."""
+    print(json.dumps(value, indent=2, ensure_ascii=False))
+
+
+def table(head: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
+    """Columns padded to their widest cell; the last one is not padded."""
+    cells = [[errors.printable(cell) for cell in line] for line in [head, *lines]]
+    widths = [max(len(line[i]) for line in cells) for i in range(len(head))]
+    return "\n".join(
+        "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
+        for line in cells
+    )
+
+
+def report(error: errors.EnclosError, node: str = "") -> None:
+    """Print an error the way every part of Enclos does."""
+    print(f"enclos: {error.line(node)}", file=sys.stderr)
+    if error.hint:
+        print(f"hint: {errors.printable(error.hint)}", file=sys.stderr)

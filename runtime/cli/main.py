@@ -1,0 +1,86 @@
+"""`enclos VERB …`: finds the verb and runs it.
+
+A verb is a module of this package with `run(arguments) -> exit status`, imported only when
+it is called, so that each starts as quickly as what it needs. To add one, add a line to
+VERBS. Runs as whoever types the command.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+from importlib import import_module
+
+from enclos.runtime.errors import EnclosError
+
+# verb: (module of this package, one line of help)
+VERBS: dict[str, tuple[str, str]] = {
+    "ps": ("ps", "list the containers on this node"),
+    "check": ("check", "test whether this node can run containers, and say what to mend"),
+    "config": ("config", "show the settings in force, or validate a configuration file"),
+}
+
+EXIT_FAILED = 1
+EXIT_USAGE = 2
+EXIT_INTERRUPTED = 130
+
+
+def usage() -> str:
+    """The text of `enclos --help`."""
+    width = max(len(verb) for verb in VERBS)
+    verbs = "\n".join(f"  {verb.ljust(width)}  {text}" for verb, (_, text) in VERBS.items())
+    return f"""usage: enclos VERB [ARGUMENT...]
+
+Containers with private networks for Slurm job steps. A step is started by srun:
+  srun --container-image=IMAGE --container-network=job COMMAND
+
+{verbs}
+
+'enclos VERB --help' explains a verb; see also enclos(1) and enclos-srun(1).
+--version prints the version; --debug before the verb shows where an error came from."""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Entry of the command; returns the exit status."""
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    debug = given[:1] == ["--debug"]
+    given = given[1:] if debug else given
+    try:
+        return _dispatch(given)
+    except EnclosError as error:
+        if debug:
+            raise
+        from enclos.runtime.cli import common
+
+        common.report(error)
+        return EXIT_USAGE if error.subject.startswith("enclos") else EXIT_FAILED
+    except BrokenPipeError:
+        # The reader (head, less) has gone. Python would complain again when it flushes at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY | os.O_CLOEXEC), sys.stdout.fileno())
+        return EXIT_FAILED
+    except KeyboardInterrupt:
+        return EXIT_INTERRUPTED
+
+
+def _dispatch(given: list[str]) -> int:
+    if not given or given[0] in ("-h", "--help", "help"):
+        print(usage())
+        return 0 if given else EXIT_USAGE
+    if given[0] == "--version":
+        from enclos import __version__
+
+        print(f"enclos {__version__}")
+        return 0
+    if given[0] not in VERBS:
+        from enclos.runtime import errors
+
+        raise errors.usage("enclos", f"no such verb: {given[0]}")
+    module = import_module(f"enclos.runtime.cli.{VERBS[given[0]][0]}")
+    status = module.run(given[1:])
+    sys.stdout.flush()
+    return int(status)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
