@@ -99,7 +99,7 @@ static void send_prepare(void)
 
 	wire_begin(&request, "prepare");
 	wire_append(&request, &step.facts);
-	wire_add(&request, "cwd", step.cwd);
+	wire_add(&request, "cwd", step.cwd[0] != '\0' ? step.cwd : NULL);
 	step.prepare_fd = send_request(&request, PREPARE_TIMEOUT_S);
 	/* No error for the user: the JOIN tries again, with the same request. */
 	if (step.prepare_fd < 0)
@@ -163,7 +163,7 @@ static void join(spank_t spank)
 	}
 	wire_begin(&request, "join");
 	wire_append(&request, &step.facts);
-	wire_add(&request, "cwd", step.cwd);
+	wire_add(&request, "cwd", step.cwd[0] != '\0' ? step.cwd : NULL);
 	wire_add_number(&request, "task", (unsigned long long)(task < 0 ? 0 : task));
 	step.answered = join_wait(&step.join, fd, &request, task == 0) && join_network(&step.join);
 	wire_free(&request);

@@ -34,11 +34,13 @@ static const int deadly_signals[] = { SIGTERM, SIGINT, SIGHUP, SIGQUIT, 0 };
 struct signals {
 	sigset_t mask;
 	struct sigaction actions[4];
+	char name[16];
 };
 
 /*
  * slurmstepd blocks these signals until later, and throws pending ones away when it unblocks them. While a task waits
- * for its container they must end it: scancel and Ctrl-C have to work here too.
+ * for its container they must end it: scancel and Ctrl-C have to work here too. The name has to change as well:
+ * proctrack/linuxproc signals no process that is called like slurmstepd itself, not even with SIGKILL.
  */
 static void signals_make_deadly(struct signals *saved)
 {
@@ -52,10 +54,13 @@ static void signals_make_deadly(struct signals *saved)
 		sigaddset(&set, deadly_signals[i]);
 	}
 	sigprocmask(SIG_UNBLOCK, &set, &saved->mask);
+	prctl(PR_GET_NAME, saved->name);
+	prctl(PR_SET_NAME, "enclos-task");
 }
 
 static void signals_restore(const struct signals *saved)
 {
+	prctl(PR_SET_NAME, saved->name);
 	sigprocmask(SIG_SETMASK, &saved->mask, NULL);
 	for (int i = 0; deadly_signals[i] != 0; i++)
 		sigaction(deadly_signals[i], &saved->actions[i], NULL);
