@@ -121,6 +121,19 @@ class Batch:
         if packet:
             yield _acknowledged(packet, last), len(self._messages)
 
+    def transaction(self) -> tuple[bytearray, int]:
+        """One packet of all requests, for nfnetlink, and the number of the one that is acknowledged: the last
+        before NFNL_MSG_BATCH_END, because kernels before 6.10 never acknowledge the end itself.
+        """
+        packet = bytearray()
+        offset = 0
+        for sequence, request in enumerate(self._messages, 1):
+            if sequence == len(self._messages) - 1:
+                offset = len(packet)
+            packet += request
+            NUMBER.pack_into(packet, len(packet) - len(request) + 8, sequence)
+        return _acknowledged(packet, offset), len(self._messages) - 1
+
 
 def _acknowledged(packet: bytearray, offset: int) -> bytearray:
     packet[offset + 6] |= NLM_F_ACK

@@ -12,6 +12,7 @@ import errno
 import os
 import socket
 from collections.abc import Iterator
+from contextlib import suppress
 from struct import Struct
 from typing import NamedTuple, Self
 
@@ -147,20 +148,26 @@ class Netlink:
                 raise refused
 
     def transact(self, batch: Batch) -> None:
-        """Send an nfnetlink transaction as one packet; the last request but one (before BATCH_END) is asked
-        for an acknowledgement, and a refusal means that nothing was done.
+        """Send an nfnetlink transaction, BATCH_BEGIN first and BATCH_END last: all of it is done, or nothing.
 
         Raises:
             KernelRefused: .object is the label of the request.
         """
-        for packet, last in batch.chunks(BUFFER_BYTES):
-            self._socket.send(packet)
-            refused = self._acknowledgement(batch, last)
-            if refused:
-                raise refused
+        packet, acknowledged = batch.transaction()
+        self._socket.send(packet)
+        refused = self._acknowledgement(batch, acknowledged, begin=1)
+        if refused:
+            # A failed commit is reported for BATCH_BEGIN; the acknowledgements of the parts may follow.
+            self._drop_answers()
+            raise refused
 
-    def _acknowledgement(self, batch: Batch, last: int) -> KernelRefused | None:
-        """Read until the request `last` is answered, so that no old answer meets the next request."""
+    def _drop_answers(self) -> None:
+        with suppress(BlockingIOError):
+            while True:
+                self._socket.recv(RECEIVE_BYTES, socket.MSG_DONTWAIT)
+
+    def _acknowledgement(self, batch: Batch, last: int, begin: int = 0) -> KernelRefused | None:
+        """Read until request `last` (or `begin`) is answered: no old answer may meet the next request."""
         refused: KernelRefused | None = None
         while True:
             for reply in replies(self._socket.recv(RECEIVE_BYTES)):
@@ -169,7 +176,7 @@ class Netlink:
                 code, words = error_of(reply)
                 if code and refused is None:
                     refused = KernelRefused(code, batch.label(reply.sequence - 1), words or os.strerror(code))
-                if reply.sequence == last:
+                if reply.sequence in (last, begin):
                     return refused
 
     def query(self, request: bytes, what: str) -> list[Reply]:
