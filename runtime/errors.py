@@ -55,6 +55,10 @@ class AdminError(EnclosError):
     """The administrator has to mend it."""
 
 
+class UsageError(UserError):
+    """Wrong arguments of the `enclos` command; its exit status is 2."""
+
+
 def printable(text: str) -> str:
     """Escape what could move the cursor, start a new line or forge a log entry."""
     if text.isprintable():
@@ -65,13 +69,13 @@ def printable(text: str) -> str:
 
 
 def reason(number: int) -> str:
-    """Words for an errno, with those replaced that mislead here."""
+    """Words for an errno, "" for 0; those that mislead here are replaced."""
     words = {
         errno.ENOSPC: "no space left, or a limit of namespaces or mounts is reached",
         errno.EIO: "input/output error",
         errno.ELOOP: "too many symbolic links",
     }
-    return words.get(number) or os.strerror(number).lower()
+    return words.get(number) or (os.strerror(number).lower() if number else "")
 
 
 def namespace_limit() -> str:
@@ -172,7 +176,7 @@ def image_untrusted(reference: str) -> EnclosError:
     return UserError(
         _image(reference),
         "image is not trusted",
-        "the file does not belong to root",
+        "not owned by root, or writable by others",
         "use an image of the site or an unpacked directory; administrator: images.user_files in enclos.yaml",
     )
 
@@ -541,6 +545,7 @@ def config_not_a_section(path: str, line: int, key: str) -> EnclosError:
     )
 
 
-def usage(command: str, detail: str) -> EnclosError:
-    """Bad arguments of a command."""
-    return UserError(command, detail, hint=f"'{command} --help' lists all arguments")
+def usage(verb: str, detail: str) -> EnclosError:
+    """Bad arguments of the command; `verb` is empty before one was found."""
+    command = f"enclos {verb}".rstrip()
+    return UsageError(verb, detail, hint=f"'{command} --help' lists all arguments")

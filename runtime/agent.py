@@ -1,0 +1,207 @@
+"""The agent: answers the shim and the users, and keeps the steps of this node.
+
+Holds the dispatch of verbs, and which steps there are. What happens to a step is in steps.py, to a job in jobs.py;
+sockets and signals are daemon.py's. One thread, event-driven: an idle agent does not wake up.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import os
+import time
+from typing import Any
+
+import enclos
+from enclos.runtime import errors, protocol, request
+from enclos.runtime.connection import Connection
+from enclos.runtime.jobs import JobFacts
+from enclos.runtime.steps import JoinReply, NodeStep, Step, Surroundings
+
+log = logging.getLogger("enclosd")
+
+# Parts of the reply to JOIN, in the order in which the shim needs them.
+DESCRIPTOR_ORDER = ("net", "user", "mnt", "ipc", "uts", "seccomp")
+
+
+class Agent:
+    """Everything that the node's daemon knows."""
+
+    def __init__(self, around: Surroundings, config_path: str) -> None:
+        self.around = around
+        self._config_path = config_path
+        self._started = time.time()
+        self._steps: dict[tuple[int, int], Step] = {}
+        self._watchers: set[asyncio.Task[None]] = set()
+
+    # --- the shim ---------------------------------------------------------------------------------------------
+
+    async def serve_shim(self, connection: Connection) -> None:
+        """Serve one connection of the shim until it closes."""
+        _, uid, _ = connection.peer()
+        if uid != 0:
+            # The socket's mode forbids this already; it is checked again because everything hangs on it.
+            log.error("uid=%d reached the agent's socket, refused", uid)
+            return
+        while (message := await connection.receive()) is not None:
+            with message:
+                reply, fds = await self._answer_shim(message)
+            if reply and not connection.send([("version", str(protocol.VERSION)), *reply], fds):
+                return
+
+    async def _answer_shim(self, message: protocol.Message) -> tuple[list[tuple[str, str]], list[int]]:
+        """The reply to one request; an error is a reply too."""
+        try:
+            _check_version(message)
+            match message.get("verb"):
+                case "job":
+                    self._learn(message)
+                case "end":
+                    self.around.jobs.end(message.number("job"))
+                case "prepare":
+                    self._prepare(message)
+                    return [], []
+                case "join":
+                    return _joined(await self._join(message))
+                case verb:
+                    raise errors.bad_request(f"verb={verb[:32]}")
+        except errors.EnclosError as error:
+            if message.get("verb") == "prepare":
+                return [], []  # The join says it.
+            return self._refusal(error), []
+        except protocol.ProtocolError as error:
+            return self._refusal(errors.bad_request(str(error))), []
+        return [("status", "ok")], []
+
+    def _refusal(self, error: errors.EnclosError) -> list[tuple[str, str]]:
+        fields = [("status", "error"), ("text", error.line(self.around.node))]
+        return fields + ([("hint", errors.printable(error.hint))] if error.hint else [])
+
+    def _learn(self, message: protocol.Message) -> None:
+        leader = message.get("leader")
+        self.around.jobs.learn(
+            JobFacts(
+                message.number("job"),
+                message.number("uid"),
+                message.get("nodelist"),
+                message.get("account"),
+                message.get("partition"),
+                int(leader) if leader.isdigit() else 0,
+            )
+        )
+
+    def _prepare(self, message: protocol.Message) -> None:
+        """Begin to build the container of a step."""
+        step = self._step(request.parse(message.values))
+        step.prepare()
+
+    async def _join(self, message: protocol.Message) -> JoinReply:
+        """Wait for the container. A step whose PREPARE went to an agent before this one is made now."""
+        wanted = request.parse(message.values)
+        step = self._steps.get((wanted.job, wanted.step))
+        if step is None:
+            step = self._step(wanted)
+        return await step.join()
+
+    def _step(self, wanted: request.StepRequest) -> Step:
+        """Register a step, its life tied to its slurmstepd.
+
+        Raises:
+            EnclosError: bad_request, when the pid is not that of a slurmstepd of root's.
+        """
+        stepd_pidfd = open_stepd(wanted.stepd)
+        step = NodeStep(self.around, wanted, stepd_pidfd)
+        self.watch(step)
+        return step
+
+    def watch(self, step: Step) -> None:
+        """Tie the step's end to that of its slurmstepd."""
+        self._steps[step.key] = step
+        watcher = asyncio.create_task(step.watch(self._forget))
+        self._watchers.add(watcher)
+        watcher.add_done_callback(self._watched)
+
+    def _watched(self, watcher: asyncio.Task[None]) -> None:
+        self._watchers.discard(watcher)
+        if not watcher.cancelled() and (error := watcher.exception()) is not None:
+            log.error("the end of a step failed", exc_info=error)
+
+    def _forget(self, step: Step) -> None:
+        if self._steps.get(step.key) is step:
+            del self._steps[step.key]
+
+    # --- users ------------------------------------------------------------------------------------------------
+
+    async def serve_user(self, connection: Connection) -> None:
+        """Serve one connection of the command line; who asks is known from the kernel."""
+        _, uid, _ = connection.peer()
+        while (message := await connection.receive()) is not None:
+            with message:
+                reply = self._answer_user(message, uid)
+            if not connection.send([("version", str(protocol.VERSION)), *reply]):
+                return
+
+    def _answer_user(self, message: protocol.Message, uid: int) -> list[tuple[str, str]]:
+        try:
+            _check_version(message)
+            match message.get("verb"):
+                case "ps":
+                    return [("status", "ok"), ("json", json.dumps(self.list_steps(uid)))]
+                case "status":
+                    return [("status", "ok"), ("json", json.dumps(self._describe()))]
+                case verb:
+                    raise errors.bad_request(f"verb={verb[:32]}")
+        except errors.EnclosError as error:
+            return self._refusal(error)
+
+    def list_steps(self, uid: int) -> list[dict[str, Any]]:
+        """The containers that this user may know of: his own; root sees all."""
+        steps = (step for step in self._steps.values() if uid in (0, step.uid))
+        return [step.describe() for step in steps]
+
+    def _describe(self) -> dict[str, Any]:
+        return {
+            "version": enclos.__version__,
+            "node": self.around.node,
+            "pid": os.getpid(),
+            "started": self._started,
+            "config": self._config_path,
+            "steps": len(self._steps),
+        }
+
+
+def _check_version(message: protocol.Message) -> None:
+    """Both sides must have a version in common (docs/protocol.md)."""
+    newest = message.number("version")
+    oldest = int(message.get("oldest", str(newest)))
+    if newest < protocol.OLDEST_VERSION or oldest > protocol.VERSION:
+        raise errors.bad_request(f"version={newest}")
+
+
+def _joined(reply: JoinReply) -> tuple[list[tuple[str, str]], list[int]]:
+    names = [name for name in DESCRIPTOR_ORDER if name in reply.fds]
+    return [*reply.fields, ("fds", ",".join(names))], [reply.fds[name] for name in names]
+
+
+def open_stepd(pid: int) -> int:
+    """A pidfd of a slurmstepd, checked to be one of root's after it was opened; the caller owns it.
+
+    Raises:
+        EnclosError: bad_request.
+    """
+    try:
+        pidfd = os.pidfd_open(pid)
+    except OSError as error:
+        raise errors.bad_request(f"stepd={pid}: {errors.reason(error.errno or 0)}") from error
+    try:
+        executable = os.readlink(f"/proc/{pid}/exe").removesuffix(" (deleted)")
+        owner = os.stat(f"/proc/{pid}").st_uid
+    except OSError as error:
+        os.close(pidfd)
+        raise errors.bad_request(f"stepd={pid}: {errors.reason(error.errno or 0)}") from error
+    # Debian calls the file slurmstepd-wlm.
+    if owner != 0 or not os.path.basename(executable).startswith("slurmstepd"):
+        os.close(pidfd)
+        raise errors.bad_request(f"stepd={pid} is no slurmstepd")
+    return pidfd

@@ -1,0 +1,199 @@
+"""One container in the making, seen from the agent: serves what its builder asks for, and holds what comes out.
+
+The agent writes the user namespace's maps and opens the namespaces by the builder's pid, checked by its pidfd. It mounts
+nothing itself and never waits for the builder without a deadline (steps.py sets it).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
+
+from enclos.runtime import errors, linux
+from enclos.runtime.builder import Plan, store_plan
+from enclos.runtime.images.store import MountedImage, MountedImages
+from enclos.runtime.protocol import Message, ProtocolError
+from enclos.runtime.spawner import Child, ChildDied, Spawner
+
+NAMESPACES = ("user", "mnt", "ipc", "uts")
+
+
+class Container:
+    """The namespaces of a node-step, and the builder until it has finished."""
+
+    def __init__(self, spawner: Spawner, images: MountedImages) -> None:
+        self._spawner = spawner
+        self._images = images
+        self._child: Child | None = None
+        self._image: MountedImage | None = None
+        self.namespaces: dict[str, int] = {}
+        self.environment: list[str] = []
+        self.warnings: list[str] = []
+        self.timings: list[tuple[str, float]] = []
+
+    async def build(self, plan: Plan, network: Callable[[], Awaitable[list[int]]]) -> None:
+        """Run the early plan: afterwards the namespaces exist, and the builder waits for the late plan.
+
+        Args:
+            network: gives the network namespace that the builder enters, and perhaps its /etc/hosts as a memfd;
+                the descriptors stay the caller's.
+
+        Raises:
+            EnclosError: what the builder found wrong.
+            ChildDied: the builder was killed.
+        """
+        plan_fd = store_plan(plan)
+        try:
+            self._child = self._spawner.spawn("build", fds=[plan_fd])
+        finally:
+            os.close(plan_fd)
+        while True:
+            with await self._child.receive() as message:
+                match message.get("state"), message.get("what"):
+                    case "need", "net":
+                        self._child.send([("state", "given")], await network())
+                    case "need", "image":
+                        await self._serve_image(plan, message)
+                    case "need", "attached":
+                        self._child.send([("state", "given")], [self._mounted().mount_fd])
+                    case "need", "map":
+                        self._write_maps(message)
+                        self._child.send([("state", "given")])
+                    case "give", "image":
+                        self._images.attach(self._mounted(), message.take_fds()[0])
+                    case "give", "idmap":
+                        self._images.keep_idmap(plan.uid, plan.gid, message.take_fds()[0])
+                    case "ready", _:
+                        self._open_namespaces()
+                        self._take_results(message)
+                        return
+                    case _:
+                        raise failure(message)
+
+    async def finish(self, plan: Plan, descriptors: Mapping[str, int]) -> None:
+        """Run the late plan and let the builder end; raises like `build`. The descriptors stay the caller's."""
+        if self._child is None:
+            raise ChildDied
+        plan_fd = store_plan(plan)
+        try:
+            names = [("name", name) for name in descriptors]
+            self._child.send([("state", "late"), *names], [plan_fd, *descriptors.values()])
+        finally:
+            os.close(plan_fd)
+        with await self._child.receive() as message:
+            if message.get("state") != "done":
+                raise failure(message)
+            self._take_results(message)
+        self._child.close()
+        self._child = None
+
+    @property
+    def builder_pid(self) -> int:
+        """Pid of the builder while there is one, for the log."""
+        return self._child.pid if self._child is not None else 0
+
+    def abandon(self) -> None:
+        """Kill the builder and drop everything that it made."""
+        if self._child is not None:
+            self._child.kill()
+            self._child.close()
+            self._child = None
+        self.close()
+
+    def close(self) -> None:
+        """Give up the namespaces and the image: both end with their last user."""
+        for fd in self.namespaces.values():
+            os.close(fd)
+        self.namespaces.clear()
+        if self._image is not None:
+            self._images.release(self._image)
+            self._image = None
+
+    async def _serve_image(self, plan: Plan, message: Message) -> None:
+        """Lend the builder the node's mount of its image, or have it make that mount."""
+        assert self._child is not None
+        self._image = await self._images.acquire(message.get("key"), message.get("path"))
+        lent = {"idmap": self._images.idmap(plan.uid, plan.gid), "mounted": self._image.mount_fd}
+        lent = {name: fd for name, fd in lent.items() if fd >= 0}
+        self._child.send([("state", "given"), *(("name", name) for name in lent)], list(lent.values()))
+
+    def _mounted(self) -> MountedImage:
+        if self._image is None:
+            raise ProtocolError("the builder has not asked for an image")
+        return self._image
+
+    def _write_maps(self, message: Message) -> None:
+        """Only root may map several groups. `setgroups` first: else a user could drop a group that denies him files.
+
+        The pid is the builder's for sure: it waits for the answer, and its pidfd says that it has not ended
+        after /proc/PID was opened.
+        """
+        with self._builder_directory() as directory_fd:
+            for name, content in (
+                ("setgroups", "deny"),
+                ("uid_map", message.get("uid_map")),
+                ("gid_map", message.get("gid_map")),
+            ):
+                fd = os.open(name, os.O_WRONLY | os.O_CLOEXEC, dir_fd=directory_fd)
+                try:
+                    os.write(fd, content.encode())
+                except OSError as error:
+                    raise errors.build_failed(f"write {name}", error.errno or 0) from error
+                finally:
+                    os.close(fd)
+
+    def _open_namespaces(self) -> None:
+        with self._builder_directory() as directory_fd:
+            for name in NAMESPACES:
+                self.namespaces[name] = os.open(f"ns/{name}", os.O_RDONLY | os.O_CLOEXEC, dir_fd=directory_fd)
+
+    @contextlib.contextmanager
+    def _builder_directory(self) -> Iterator[int]:
+        """A descriptor of the builder's /proc/PID."""
+        assert self._child is not None
+        directory_fd = os.open(f"/proc/{self._child.pid}", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            signal.pidfd_send_signal(self._child.pidfd, 0)
+            yield directory_fd
+        except ProcessLookupError as error:
+            raise ChildDied from error
+        finally:
+            os.close(directory_fd)
+
+    def _take_results(self, message: Message) -> None:
+        self.environment += message.all("env")
+        self.warnings += message.all("warning")
+        for text in message.all("timing"):
+            name, _, ms = text.partition(" ")
+            self.timings.append((name, float(ms)))
+
+
+def failure(message: Message) -> Exception:
+    """The error that a builder reported, as it was raised there."""
+    if message.get("state") != "error":
+        return ProtocolError(f"unexpected state {message.get('state')!r} of a builder")
+    parts = (message.get(part) for part in ("subject", "what", "cause", "hint"))
+    return errors.EnclosError(*parts)
+
+
+def clone_directories(paths: Sequence[str]) -> dict[str, int]:
+    """Detached copies of those directories of the host that exist; the caller closes them.
+
+    A symlink is not followed, and what is no directory is left out: below a world-writable directory a user
+    could have put something else in the place of his own.
+    """
+    clones: dict[str, int] = {}
+    for path in paths:
+        try:
+            directory_fd = os.open(path, os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+        except OSError:
+            continue
+        try:
+            clones[path] = linux.clone_tree("", directory_fd, recursive=False)
+        finally:
+            os.close(directory_fd)
+        attributes = linux.MOUNT_ATTR_NOSUID | linux.MOUNT_ATTR_NODEV
+        linux.set_attributes(clones[path], attributes, propagation=linux.MS_SLAVE)
+    return clones

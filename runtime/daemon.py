@@ -1,0 +1,214 @@
+"""`enclosd`: starts the agent on this node, with its sockets, signals and log, and ends it.
+
+The zygote starts first, before anything else is read or opened. Runs as root.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import contextlib
+import fcntl
+import logging
+import os
+import signal
+import socket
+import sys
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+
+import enclos
+from enclos.netns import facts, guard, underlay
+from enclos.runtime import adoption, config, errors, linux
+from enclos.runtime.agent import Agent
+from enclos.runtime.connection import Connection, wait_readable
+from enclos.runtime.images.store import MountedImages
+from enclos.runtime.jobs import Jobs, word
+from enclos.runtime.journal import Journal
+from enclos.runtime.settings import Config
+from enclos.runtime.spawner import Spawner
+from enclos.runtime.steps import Surroundings
+
+log = logging.getLogger("enclosd")
+
+RUN_DIRECTORY = "/run/enclos"
+AGENT_SOCKET = f"{RUN_DIRECTORY}/agent.sock"
+USER_SOCKET = f"{RUN_DIRECTORY}/user.sock"
+BACKLOG = 1024
+
+
+def main() -> None:
+    """Entry point of `enclosd`."""
+    arguments = _arguments().parse_args()
+    logging.basicConfig(level=logging.INFO, format="%(levelname)s %(message)s", stream=sys.stderr)
+    if os.geteuid() != 0:
+        sys.exit("enclosd: must be started as root")
+    try:
+        asyncio.run(run(arguments.config or config.config_path(), arguments.node))
+    except errors.EnclosError as error:
+        hint = f"\nhint: {error.hint}" if error.hint else ""
+        sys.exit(f"enclosd: {error.line(arguments.node)}{hint}")
+
+
+def _arguments() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="enclosd", description="The agent of Enclos on a compute node.")
+    parser.add_argument("--foreground", action="store_true", help="stay in the foreground (it always does)")
+    parser.add_argument("--config", metavar="FILE", help="configuration (default: /etc/enclos/enclos.yaml)")
+    parser.add_argument("--node", metavar="NAME", default=node_name(), help="Slurm's name of this node (default: the host name)")
+    parser.add_argument("--version", action="version", version=enclos.__version__)
+    return parser
+
+
+def node_name() -> str:
+    """Slurm's name of this node: the host name up to its first dot, unless slurmd was given another."""
+    return os.environ.get("SLURMD_NODENAME") or os.uname().nodename.partition(".")[0]
+
+
+async def run(config_path: str, node: str) -> None:
+    """Run the agent until SIGTERM or SIGINT.
+
+    Raises:
+        EnclosError: bad configuration, another agent is running, no underlay, no nftables.
+    """
+    spawner = Spawner()
+    directory = _lock_run_directory()
+    _enter_own_mount_namespace()
+    await spawner.start()
+    loaded = config.load(config_path)
+    logging.getLogger().setLevel(loaded.config.log.level.upper())
+    images_directory, stage = _make_directories()
+    journal = Journal(f"{RUN_DIRECTORY}/journal")
+    gate, found = _raise_guard(node, loaded.config)
+    jobs = Jobs(node, loaded.config, journal, spawner, gate, found)
+    images = MountedImages(images_directory, loaded.config.images.idle_seconds)
+    around = Surroundings(node, loaded.config, stage, find_noop(), journal, spawner, images, jobs)
+    agent = Agent(around, loaded.path)
+    adoption.adopt(agent)
+    await _serve(agent, gate)
+    images.close()
+    await spawner.stop()
+    os.close(directory)
+
+
+def _lock_run_directory() -> int:
+    """One agent per node: the lock is the kernel's, so a killed agent leaves none behind."""
+    os.makedirs(RUN_DIRECTORY, 0o755, exist_ok=True)
+    fd = os.open(RUN_DIRECTORY, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        raise errors.AdminError(RUN_DIRECTORY, "another agent is running", hint="systemctl status enclosd") from error
+    return fd
+
+
+def _enter_own_mount_namespace() -> None:
+    """What the agent mounts (images) is invisible to the node and gone with the agent; what the node mounts appears."""
+    linux.unshare(linux.CLONE_NEWNS)
+    linux.set_propagation("/", linux.MS_REC | linux.MS_SLAVE)
+
+
+def _make_directories() -> tuple[str, str]:
+    """The places for image mounts, which no user may reach, and for the builders' stages, which each has for himself."""
+    images, stage = f"{RUN_DIRECTORY}/images", f"{RUN_DIRECTORY}/stage"
+    os.makedirs(images, 0o700, exist_ok=True)
+    os.makedirs(stage, 0o755, exist_ok=True)
+    tmpfs = linux.mount_filesystem("tmpfs", [("mode", "0700"), ("size", "1m")])
+    linux.move_mount(tmpfs, linux.AT_FDCWD, images)
+    os.close(tmpfs)
+    linux.set_propagation(images, linux.MS_PRIVATE)
+    return images, stage
+
+
+def _raise_guard(node: str, settings: Config) -> tuple[guard.Guard, underlay.Underlay]:
+    """The node's tunnels are guarded from the agent's start, whether a job uses them or not."""
+    network = settings.network
+    try:
+        found = underlay.find(node, network.underlay.interface, network.underlay.name)
+        gate = guard.Guard(network.port, found.ifname, found.ipv6)
+        gate.ensure()
+        guard.hold_port(network.port)
+    except facts.NetworkFact as fact:
+        raise word(fact) from fact
+    return gate, found
+
+
+def find_noop() -> str:
+    """The program that stands in for a TaskProlog inside containers; empty where it is not installed."""
+    places = (Path(sys.prefix) / "libexec/enclos/enclos-noop", Path(__file__).parent.parent / "build/enclos-noop")
+    return next((str(place) for place in places if place.exists()), "")
+
+
+async def _serve(agent: Agent, gate: guard.Guard) -> None:
+    """Accept connections until a signal says stop."""
+    loop = asyncio.get_running_loop()
+    stop = asyncio.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, stop.set)
+    with _listen(AGENT_SOCKET, 0o600) as shim_socket, _listen(USER_SOCKET, 0o666) as user_socket:
+        background = [
+            asyncio.create_task(_accept(shim_socket, agent.serve_shim)),
+            asyncio.create_task(_accept(user_socket, agent.serve_user)),
+            asyncio.create_task(_mend_guard(gate)),
+        ]
+        _notify_ready()
+        log.info("ready on %s, version %s", agent.around.node, enclos.__version__)
+        await stop.wait()
+        for task in background:
+            task.cancel()
+    log.info("stopped; steps go on")
+
+
+def _listen(path: str, mode: int) -> socket.socket:
+    """A listening socket of that mode; one that an agent left behind is replaced."""
+    listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    with contextlib.suppress(FileNotFoundError):
+        os.unlink(path)
+    before = os.umask(0o777)
+    try:
+        listener.bind(path)
+    finally:
+        os.umask(before)
+    os.chmod(path, mode)
+    listener.listen(BACKLOG)
+    listener.setblocking(False)
+    return listener
+
+
+async def _accept(listener: socket.socket, serve: Callable[[Connection], Awaitable[None]]) -> None:
+    loop = asyncio.get_running_loop()
+    serving: set[asyncio.Task[None]] = set()
+    while True:
+        connected, _ = await loop.sock_accept(listener)
+        task = asyncio.create_task(_serve_one(connected, serve))
+        serving.add(task)
+        task.add_done_callback(serving.discard)
+
+
+async def _serve_one(connected: socket.socket, serve: Callable[[Connection], Awaitable[None]]) -> None:
+    connection = Connection(connected)
+    try:
+        await serve(connection)
+    except Exception:
+        log.exception("a connection failed")
+    finally:
+        connection.close()
+
+
+async def _mend_guard(gate: guard.Guard) -> None:
+    """A firewall reload may remove the guard's table; the kernel says so, and it is made again."""
+    while True:
+        await wait_readable(gate.fileno())
+        if gate.handle_event():
+            log.warning("the guard's nftables table was removed; made it again")
+
+
+def _notify_ready() -> None:
+    """Tell systemd (sd_notify(3)), where it started this."""
+    path = os.environ.get("NOTIFY_SOCKET")
+    if path:
+        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as notify:
+            notify.sendto(b"READY=1", "\0" + path[1:] if path.startswith("@") else path)
+
+
+if __name__ == "__main__":
+    main()

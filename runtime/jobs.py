@@ -1,0 +1,264 @@
+"""The jobs of this node: what slurmctld said of them, and the network namespace that their steps share.
+
+A job's network is made by its first step that asks for it, and removed by the job's epilog, by explicit orders, so
+that a descriptor that a user keeps open can't hold it. Runs in the agent; sends no netlink itself (`enclos.netns`).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import socket
+import time
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from enclos.netns import facts, guard, names, overlay, underlay
+from enclos.netns.spec import OverlaySpec, Peer
+from enclos.runtime import errors, etcfiles, hostlist
+from enclos.runtime.journal import Journal
+from enclos.runtime.settings import Config
+from enclos.runtime.spawner import ChildDied, Spawner
+
+log = logging.getLogger("enclosd")
+
+
+@dataclass(frozen=True, slots=True)
+class JobFacts:
+    """What the prolog was told by slurmctld; nothing in it comes from the user."""
+
+    job: int
+    uid: int
+    nodelist: str
+    account: str = ""
+    partition: str = ""
+    leader: int = 0
+
+
+@dataclass(slots=True)
+class JobNetwork:
+    """A job's network on this node.
+
+    `netns_fd` is the agent's own descriptor, by which the network is also removed. `hosts_fd` is a memfd with
+    the /etc/hosts of its containers: with 10,000 nodes it is larger than a packet, and it is made once.
+    """
+
+    netns_fd: int
+    vni: int
+    ifname: str
+    addresses: tuple[str, ...]
+    own: tuple[str, str]
+    hosts_fd: int
+
+    def close(self) -> None:
+        for fd in (self.netns_fd, self.hosts_fd):
+            if fd >= 0:
+                os.close(fd)
+
+
+class Job:
+    """One job on this node."""
+
+    def __init__(self, job_facts: JobFacts) -> None:
+        self.facts = job_facts
+        self.network: JobNetwork | None = None
+        self.recorded: dict[str, Any] | None = None
+        self.making = asyncio.Lock()
+
+
+class Jobs:
+    """All jobs that have been announced and have not ended."""
+
+    def __init__(
+        self,
+        node: str,
+        config: Config,
+        journal: Journal,
+        spawner: Spawner,
+        gate: guard.Guard,
+        found: underlay.Underlay,
+    ) -> None:
+        self._node = node
+        self._config = config
+        self._journal = journal
+        self._spawner = spawner
+        self._guard = gate
+        self._underlay = found
+        self._jobs: dict[int, Job] = {}
+
+    def learn(self, job_facts: JobFacts) -> None:
+        """Take the facts of a job; a requeued or resized job replaces what was known, its network stays."""
+        job = self._jobs.get(job_facts.job)
+        if job is None:
+            job = self._jobs[job_facts.job] = Job(job_facts)
+        job.facts = job_facts
+        self._record(job, job.recorded)
+
+    def get(self, job_id: int) -> Job | None:
+        return self._jobs.get(job_id)
+
+    def __iter__(self) -> Any:
+        return iter(list(self._jobs.values()))
+
+    def end(self, job_id: int) -> None:
+        """Remove the job's network at once, and forget the job; an unknown job is fine."""
+        job = self._jobs.pop(job_id, None)
+        if job is not None:
+            self._remove_network(job)
+        self._journal.remove(f"job.{job_id}")
+
+    async def network(self, job_id: int) -> JobNetwork:
+        """The job's network, made now if no step of the job has asked for it before.
+
+        Raises:
+            EnclosError: no_job_facts, not_in_nodelist, name_unknown, underlay_not_found, vni_in_use, network_failed.
+        """
+        job = self._jobs.get(job_id)
+        if job is None:
+            raise errors.no_job_facts(job_id)
+        async with job.making:
+            if job.network is None:
+                job.network = await self._make_network(job)
+            elif job.network.hosts_fd < 0:
+                # Adopted from an agent before this one: the records leave out what can be computed again.
+                job.network = _network(job.network.netns_fd, await self._spec(job))
+            return job.network
+
+    async def _make_network(self, job: Job) -> JobNetwork:
+        begin = time.perf_counter()
+        try:
+            spec = await self._spec(job)
+            addresses = tuple(peer.underlay for peer in spec.peers if peer.index != spec.index)
+            self._record(job, {"vni": spec.vni, "ifname": spec.ifname, "addresses": addresses})
+            self._guard.admit(spec.vni, addresses)
+            try:
+                netns_fd = overlay.create(spec)
+            except Exception:
+                self._guard.evict(spec.vni, addresses)
+                raise
+        except facts.NetworkFact as fact:
+            self._record(job, None)
+            raise word(fact) from fact
+        log.info("job=%d network made: vni=%d nodes=%d in %.1f ms", job.facts.job, spec.vni, len(spec.peers),
+                 (time.perf_counter() - begin) * 1e3)  # fmt: skip
+        return _network(netns_fd, spec)
+
+    async def _spec(self, job: Job) -> OverlaySpec:
+        """The whole network as this node has to know it; every node computes the same."""
+        node_names = self._node_names(job.facts)
+        settings = self._config.network
+        addresses = await self._resolve(node_names, settings.underlay.name)
+        peers = tuple(Peer(i, name, address) for i, (name, address) in enumerate(zip(node_names, addresses, strict=True)))
+        return OverlaySpec(
+            vni=names.job_vni(job.facts.job),
+            port=settings.port,
+            ifname=settings.ifname,
+            mtu=self._underlay.overlay_mtu,
+            underlay_ifindex=self._underlay.ifindex,
+            local=self._underlay.address,
+            index=node_names.index(self._node),
+            peers=peers,
+            ipv4=settings.ipv4,
+            ipv6=settings.ipv6,
+        )
+
+    def _node_names(self, job_facts: JobFacts) -> list[str]:
+        try:
+            node_names = hostlist.expand(job_facts.nodelist)
+        except hostlist.BadHostlist as error:
+            raise errors.no_job_facts(job_facts.job) from error
+        if self._node not in node_names:
+            raise errors.not_in_nodelist(self._node)
+        return node_names
+
+    async def _resolve(self, node_names: list[str], pattern: str) -> list[str]:
+        """From /etc/hosts at once, else by a child that may wait for DNS."""
+        family = socket.AF_INET6 if self._underlay.ipv6 else socket.AF_INET
+        known = underlay.known_addresses(node_names, pattern, family)
+        if all(known):
+            return known
+        wanted = [("pattern", pattern), ("family", str(int(family))), *(("name", name) for name in node_names)]
+        child = self._spawner.spawn("resolve", wanted)
+        try:
+            with await child.receive() as answer:
+                if answer.get("state") != "done":
+                    raise errors.name_unknown(answer.get("name"))
+                return answer.all("address")
+        except ChildDied as error:
+            raise errors.name_unknown(node_names[0]) from error
+        finally:
+            child.close()
+
+    def _remove_network(self, job: Job) -> None:
+        network, job.network = job.network, None
+        if network is None:
+            return
+        try:
+            overlay.remove(network.netns_fd, network.ifname)
+            self._guard.evict(network.vni, network.addresses)
+        except (facts.NetworkFact, OSError) as error:
+            log.error("job=%d network not removed: %s", job.facts.job, error)
+        network.close()
+
+    def _record(self, job: Job, network: dict[str, Any] | None) -> None:
+        job.recorded = network
+        self._journal.write(f"job.{job.facts.job}", {"facts": asdict(job.facts), "network": network})
+
+    # --- after a restart of the agent -------------------------------------------------------------------------
+
+    def adopt(self, record: dict[str, Any], netns_fd: int) -> None:
+        """Take over a job of an agent before this one.
+
+        Args:
+            netns_fd: the job's network namespace, held by a step that still runs; -1 when there is none: then
+                the namespace is gone with the old agent, and what it left in the node's guard is removed.
+        """
+        job = self._jobs[record["facts"]["job"]] = Job(JobFacts(**record["facts"]))
+        network = record["network"]
+        if network is None or netns_fd < 0:
+            if network is not None:
+                self._guard.evict(network["vni"], network["addresses"])
+                self._record(job, None)
+            return
+        job.recorded = network
+        self._guard.admit(network["vni"], network["addresses"])
+        job.network = JobNetwork(
+            netns_fd, network["vni"], network["ifname"], tuple(network["addresses"]), ("", ""), -1
+        )
+
+
+def _network(netns_fd: int, spec: OverlaySpec) -> JobNetwork:
+    addresses = tuple(peer.underlay for peer in spec.peers if peer.index != spec.index)
+    own = spec.plan.ipv4(spec.index), spec.plan.ipv6(spec.index)
+    return JobNetwork(netns_fd, spec.vni, spec.ifname, addresses, own, _hosts_file(spec))
+
+
+def _hosts_file(spec: OverlaySpec) -> int:
+    """A memfd with the node's /etc/hosts, in which the names of the job's nodes lead to the overlay."""
+    try:
+        with open("/etc/hosts", "rb") as file:
+            text = file.read()
+    except FileNotFoundError:
+        text = b""
+    fd = os.memfd_create("enclos-hosts", os.MFD_CLOEXEC)
+    with open(fd, "wb", closefd=False) as file:
+        file.write(etcfiles.hosts(text, overlay.hosts_lines(spec).splitlines()))
+    return fd
+
+
+def word(fact: facts.NetworkFact) -> errors.EnclosError:
+    """A fact of the network in words for a person."""
+    match fact:
+        case facts.VniInUse():
+            return errors.vni_in_use(fact.vni)
+        case facts.NameUnknown():
+            return errors.name_unknown(fact.name)
+        case facts.UnderlayMissing():
+            return errors.underlay_not_found(str(fact))
+        case facts.RelayPortTaken():
+            return errors.relay_port_taken(fact.address, fact.port)
+        case facts.KernelRefused():
+            return errors.network_failed(fact.errno or 0, fact.object + (f": {fact.text}" if fact.text else ""))
+        case _:
+            return errors.network_failed(0, str(fact))

@@ -1,0 +1,55 @@
+"""Records on disk of what the agent has to undo or adopt, written before it is done. Does not know what it records.
+
+One JSON file per record in a directory of /run: a reboot forgets the kernel's objects and the records alike. Runs in
+the agent and in `enclos gc`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import os
+from collections.abc import Iterator
+from typing import Any
+
+log = logging.getLogger("enclosd")
+
+
+class Journal:
+    """Records by name; a name is `KIND.IDS` and must make a file name."""
+
+    def __init__(self, directory: str) -> None:
+        self._directory = directory
+        os.makedirs(directory, 0o700, exist_ok=True)
+
+    def write(self, name: str, record: dict[str, Any]) -> None:
+        """Write or replace a record; a reader sees the old or the new one, never half of it.
+
+        Without fsync: after a power cut the directory is empty, and so is the kernel.
+        """
+        path = os.path.join(self._directory, name)
+        with open(f"{path}.new", "w") as file:
+            json.dump(record, file)
+        os.rename(f"{path}.new", path)
+
+    def remove(self, name: str) -> None:
+        """Forget a record; a missing one is fine."""
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(os.path.join(self._directory, name))
+
+    def read(self, kind: str) -> Iterator[tuple[str, dict[str, Any]]]:
+        """All records of a kind, with their names. An unreadable one is removed, with a warning."""
+        for name in sorted(os.listdir(self._directory)):
+            if not name.startswith(f"{kind}.") or name.endswith(".new"):
+                continue
+            try:
+                with open(os.path.join(self._directory, name)) as file:
+                    record = json.load(file)
+                if not isinstance(record, dict):
+                    raise ValueError("not an object")
+            except ValueError as error:
+                log.warning("journal record %s is damaged (%s), ignoring", name, error)
+                self.remove(name)
+                continue
+            yield name, record

@@ -1,0 +1,552 @@
+"""The operations of a plan: each says what it does (`describe`) and does it (`execute`).
+
+Every mount, namespace and identity change of a container is here, in small steps that a fault test can interrupt
+anywhere. The order of the steps is plan.py's. Runs in a builder: as root up to BecomeUser, as the user after it.
+"""
+
+from __future__ import annotations
+
+import errno
+import grp
+import os
+import pwd
+import stat
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import Protocol
+
+from enclos.runtime import environment, errors, etcfiles, linux, rootfs
+from enclos.runtime.builder import Builder
+from enclos.runtime.images import squashfs
+from enclos.runtime.linux import (
+    CLONE_NEWIPC,
+    CLONE_NEWNET,
+    CLONE_NEWNS,
+    CLONE_NEWUSER,
+    CLONE_NEWUTS,
+    MOUNT_ATTR_IDMAP,
+    MOUNT_ATTR_NODEV,
+    MOUNT_ATTR_NOSUID,
+    MOUNT_ATTR_RDONLY,
+    MS_PRIVATE,
+    MS_REC,
+    MS_SLAVE,
+)
+
+
+class Operation(Protocol):
+    """One step of making a container."""
+
+    def describe(self) -> str: ...
+
+    def execute(self, builder: Builder) -> None: ...
+
+
+# --- as root, in the agent's mount namespace ------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class JoinNetwork:
+    """Enter the job's network namespace, which the agent makes meanwhile: sysfs shows the namespace of its mounter."""
+
+    def describe(self) -> str:
+        return "join the network namespace, take its /etc/hosts"
+
+    def execute(self, builder: Builder) -> None:
+        with builder.need("net") as answer:
+            linux.setns(answer.fds[0], CLONE_NEWNET)
+            for hosts_fd in answer.fds[1:]:
+                size = os.fstat(hosts_fd).st_size
+                builder.texts["hosts"] = os.pread(hosts_fd, size, 0)
+
+
+@dataclass(frozen=True, slots=True)
+class StageFilesystem:
+    """Make a file system that only root may mount (proc and sysfs of namespaces that root owns)."""
+
+    name: str
+    fstype: str
+    options: tuple[tuple[str, str | None], ...] = ()
+    attributes: int = 0
+
+    def describe(self) -> str:
+        options = ",".join(key if value is None else f"{key}={value}" for key, value in self.options)
+        return f"stage {self.fstype} as {self.name} ({options or 'no options'}; {self.attributes:#x})"
+
+    def execute(self, builder: Builder) -> None:
+        builder.keep(self.name, linux.mount_filesystem(self.fstype, self.options, self.attributes))
+
+
+@dataclass(frozen=True, slots=True)
+class StageDevices:
+    """A /dev that holds just what the step may use: nodes that only root can make, on a tmpfs of root's.
+
+    Each node is copied from the host's with its owner and mode, so the kernel's own check of who may open it
+    stays what it is outside.
+    """
+
+    name: str
+    nodes: tuple[str, ...]
+    attributes: int = MOUNT_ATTR_NOSUID
+
+    def describe(self) -> str:
+        return f"stage devices as {self.name}: {' '.join(self.nodes)}"
+
+    def execute(self, builder: Builder) -> None:
+        options = (("mode", "0755"), ("size", "64k"), ("nr_inodes", "1k"))
+        fd = builder.keep(self.name, linux.mount_filesystem("tmpfs", options, self.attributes))
+        for path in self.nodes:
+            self._copy_node(fd, path)
+        for directory in ("pts", "shm", "mqueue"):
+            os.mkdir(directory, 0o755, dir_fd=fd)
+        links = {"fd": "/proc/self/fd", "stdin": "/proc/self/fd/0", "stdout": "/proc/self/fd/1"}
+        links |= {"stderr": "/proc/self/fd/2", "ptmx": "pts/ptmx", "core": "/proc/kcore"}
+        for link, destination in links.items():
+            os.symlink(destination, link, dir_fd=fd)
+
+    @staticmethod
+    def _copy_node(dev_fd: int, path: str) -> None:
+        node = os.stat(path)
+        if not (stat.S_ISCHR(node.st_mode) or stat.S_ISBLK(node.st_mode)):
+            raise errors.not_a_device(path)
+        inside = path.removeprefix("/dev/")
+        parent = os.path.dirname(inside)
+        if parent:
+            os.close(rootfs.make_directories(dev_fd, parent))
+        os.mknod(inside, node.st_mode, node.st_rdev, dir_fd=dev_fd)
+        os.chown(inside, node.st_uid, node.st_gid, dir_fd=dev_fd)
+        os.chmod(inside, stat.S_IMODE(node.st_mode), dir_fd=dev_fd)  # mknod applies the umask
+
+
+@dataclass(frozen=True, slots=True)
+class OpenImage:
+    """Open the image as the user, and make it the lower layer.
+
+    A squashfs file is mounted once per node; this builder mounts it if no other has. The kernel parses only
+    files that root wrote, unless the site trusts its users' images.
+    """
+
+    path: str
+    trust_user_files: bool
+
+    def describe(self) -> str:
+        return f"open image {self.path}"
+
+    def execute(self, builder: Builder) -> None:
+        with builder.as_user():
+            fd = builder.keep("image", self._open())
+            status = os.fstat(fd)
+            if stat.S_ISREG(status.st_mode):
+                self._check(fd)
+        if stat.S_ISDIR(status.st_mode):
+            builder.keep("lower", linux.clone_tree("", fd, recursive=True))
+            linux.set_attributes(
+                builder.fds["lower"], MOUNT_ATTR_NOSUID | MOUNT_ATTR_NODEV, propagation=MS_SLAVE, recursive=True
+            )
+        elif stat.S_ISREG(status.st_mode):
+            if not self.trust_user_files and (status.st_uid != 0 or status.st_mode & 0o022):
+                raise errors.image_untrusted(self.path)
+            self._mount_squashfs(builder, fd, status)
+        else:
+            raise errors.image_wrong_kind(self.path)
+        builder.drop("image")
+
+    def _open(self) -> int:
+        try:
+            # Non-blocking: a FIFO by that name must not hold up the build.
+            return os.open(self.path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY)
+        except OSError as error:
+            if error.errno in (errno.EACCES, errno.EPERM):
+                raise errors.image_not_readable(self.path) from error
+            if error.errno in (errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG):
+                raise errors.image_not_found(self.path) from error
+            raise
+
+    def _check(self, fd: int) -> None:
+        try:
+            squashfs.check_superblock(fd)
+        except squashfs.NotSquashfs as error:
+            raise errors.not_squashfs(self.path) from error
+        except squashfs.Truncated as error:
+            raise errors.image_truncated(self.path, error.expected, error.found) from error
+
+    def _mount_squashfs(self, builder: Builder, fd: int, status: os.stat_result) -> None:
+        """Show the image as the user's: on-disk owner 0 becomes the job's uid on this clone of the mount."""
+        key = f"{status.st_dev:x}-{status.st_ino:x}-{status.st_size:x}-{status.st_mtime_ns:x}-{status.st_ctime_ns:x}"
+        with builder.need("image", ("key", key), ("path", self.path)) as answer:
+            mount_fd, idmap_fd = -1, -1
+            for name, given in zip(answer.all("name"), answer.take_fds(), strict=True):
+                builder.keep(name, given)
+            mount_fd = builder.fds.get("mounted", -1)
+            idmap_fd = builder.fds.get("idmap", -1)
+        if mount_fd < 0:
+            mount_fd = self._attach_loop(builder, fd, key)
+        if idmap_fd < 0:
+            maps = f"0 {builder.uid} 1\n", f"0 {builder.gid} 1\n"
+            idmap_fd = builder.keep("idmap", linux.userns_with_map(*maps))
+            builder.give("idmap", idmap_fd)
+        lower = builder.keep("lower", linux.clone_tree("", mount_fd, recursive=False))
+        attributes = MOUNT_ATTR_IDMAP | MOUNT_ATTR_NOSUID | MOUNT_ATTR_NODEV | MOUNT_ATTR_RDONLY
+        linux.set_attributes(lower, attributes, propagation=MS_PRIVATE, userns_fd=idmap_fd)
+        builder.drop("mounted")
+        builder.drop("idmap")
+
+    def _attach_loop(self, builder: Builder, fd: int, key: str) -> int:
+        """Mount the file through a loop device that the kernel frees with its last mount.
+
+        The agent attaches the mount in its own mount namespace: before Linux 6.15 a detached mount
+        can't be cloned.
+        """
+        loop_fd, device = linux.loop_attach(fd, self.path[-63:])
+        try:
+            options = (("source", device),)
+            attributes = MOUNT_ATTR_NOSUID | MOUNT_ATTR_NODEV | MOUNT_ATTR_RDONLY
+            mount_fd = linux.mount_filesystem("squashfs", (*options, ("ro", None)), attributes)
+        except OSError as error:
+            raise errors.image_damaged(self.path, _words(error)) from error
+        finally:
+            os.close(loop_fd)
+        builder.give("image", mount_fd, ("key", key))
+        os.close(mount_fd)
+        with builder.need("attached", ("key", key)) as answer:
+            return builder.keep("mounted", answer.take_fds()[0])
+
+
+@dataclass(frozen=True, slots=True)
+class CloneSource:
+    """Take a mount source, looked up as the user, as a detached copy of its tree.
+
+    Propagation is slave: what the host mounts later appears inside, what is mounted inside stays there.
+    """
+
+    name: str
+    source: str
+    target: str
+    recursive: bool = True
+    attributes: int = MOUNT_ATTR_NOSUID | MOUNT_ATTR_NODEV
+    private: bool = False
+    optional: bool = False
+
+    def describe(self) -> str:
+        kind = "recursively" if self.recursive else "alone"
+        return f"clone {self.source} {kind} as {self.name} ({self.attributes:#x})"
+
+    def execute(self, builder: Builder) -> None:
+        try:
+            with builder.as_user():
+                fd = self._open()
+        except errors.EnclosError:
+            if self.optional:
+                return
+            raise
+        try:
+            mount_fd = builder.keep(self.name, linux.clone_tree("", fd, recursive=self.recursive))
+        finally:
+            os.close(fd)
+        propagation = MS_PRIVATE if self.private else MS_SLAVE
+        linux.set_attributes(mount_fd, self.attributes, propagation=propagation, recursive=self.recursive)
+
+    def _open(self) -> int:
+        try:
+            try:
+                # O_DIRECTORY first: with O_PATH alone the last component's automount would not be triggered.
+                return os.open(self.source, os.O_PATH | os.O_CLOEXEC | os.O_DIRECTORY)
+            except NotADirectoryError:
+                return os.open(self.source, os.O_PATH | os.O_CLOEXEC)
+        except OSError as error:
+            if error.errno in (errno.EACCES, errno.EPERM):
+                raise errors.mount_source_denied(self.source, self.target) from error
+            if error.errno in (errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG):
+                raise errors.mount_source_missing(self.source, self.target) from error
+            raise
+
+
+@dataclass(frozen=True, slots=True)
+class CloneHostPath:
+    """Take a file or directory of the host that the site, not the user, chose; looked up as root."""
+
+    name: str
+    path: str
+    attributes: int = MOUNT_ATTR_NOSUID | MOUNT_ATTR_NODEV | MOUNT_ATTR_RDONLY
+
+    def describe(self) -> str:
+        return f"clone host path {self.path} as {self.name} ({self.attributes:#x})"
+
+    def execute(self, builder: Builder) -> None:
+        fd = builder.keep(self.name, linux.clone_tree(self.path, recursive=False))
+        linux.set_attributes(fd, self.attributes, propagation=MS_SLAVE)
+
+
+@dataclass(frozen=True, slots=True)
+class StageText:
+    """Read a small text of the host, as root, for a file inside; a missing one counts as empty."""
+
+    name: str
+    path: str
+
+    def describe(self) -> str:
+        return f"read {self.path} of the host"
+
+    def execute(self, builder: Builder) -> None:
+        try:
+            with open(self.path, "rb", buffering=0) as file:
+                builder.texts[self.name] = file.read(rootfs.READ_LIMIT_BYTES) or b""
+        except FileNotFoundError:
+            builder.texts[self.name] = b""
+
+
+@dataclass(frozen=True, slots=True)
+class LookUpAccounts:
+    """Find the names of the user and his groups now: inside the image, NSS would load the image's libraries."""
+
+    def describe(self) -> str:
+        return "look up the names of the user and his groups"
+
+    def execute(self, builder: Builder) -> None:
+        try:
+            builder.user_name = pwd.getpwuid(builder.uid).pw_name
+        except KeyError:
+            builder.user_name = f"u{builder.uid}"
+        for group_id in (builder.gid, *builder.groups):
+            try:
+                builder.group_names.append((grp.getgrgid(group_id).gr_name, group_id))
+            except KeyError:
+                builder.group_names.append((f"g{group_id}", group_id))
+
+
+# --- from here on as the user ---------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class BecomeUser:
+    """Take the job's ids and keep only CAP_SYS_ADMIN, with which a user namespace may be made anywhere.
+
+    A change of uid resets the dumpable flag to fs.suid_dumpable and clears the death signal (prctl(2)), so both
+    are set again: a dumpable process would show its memory to the user through /proc/PID/mem.
+    """
+
+    def describe(self) -> str:
+        return "become the user, keep CAP_SYS_ADMIN"
+
+    def execute(self, builder: Builder) -> None:
+        linux.keep_capabilities_and_become(builder.uid, builder.gid, builder.groups, 1 << linux.CAP_SYS_ADMIN)
+        linux.set_dumpable(False)
+        linux.set_parent_death_signal(9)
+
+
+@dataclass(frozen=True, slots=True)
+class EnterUserNamespace:
+    """Make the user namespace; the user owns it, and the agent writes its maps."""
+
+    uid_map: str
+    gid_map: str
+    deny_setgroups: bool = True
+
+    def describe(self) -> str:
+        lines = " ".join(self.uid_map.split("\n")).strip(), " ".join(self.gid_map.split("\n")).strip()
+        return f"make the user namespace: uid {lines[0]}; gid {lines[1]}"
+
+    def execute(self, builder: Builder) -> None:
+        try:
+            linux.unshare(CLONE_NEWUSER)
+        except OSError as error:
+            # ENOSPC is how the kernel words a limit of user namespaces (user_namespaces(7)).
+            if error.errno in (errno.ENOSPC, errno.EPERM, errno.EUSERS):
+                raise errors.userns_forbidden(_words(error)) from error
+            raise
+        builder.need("map", ("uid_map", self.uid_map), ("gid_map", self.gid_map)).close()
+        linux.set_dumpable(False)
+
+
+@dataclass(frozen=True, slots=True)
+class EnterNamespaces:
+    """Make the mount, ipc and uts namespaces, owned by the user namespace."""
+
+    def describe(self) -> str:
+        return "make the mount, ipc and uts namespaces"
+
+    def execute(self, builder: Builder) -> None:
+        try:
+            linux.unshare(CLONE_NEWNS | CLONE_NEWIPC | CLONE_NEWUTS)
+        except OSError as error:
+            if error.errno == errno.ENOSPC:
+                raise errors.userns_forbidden(_words(error)) from error
+            raise
+        linux.set_propagation("/", MS_REC | MS_PRIVATE)
+
+
+@dataclass(frozen=True, slots=True)
+class EnterRoot:
+    """Overlay a size-limited tmpfs over the image, and make that the root."""
+
+    stage: str
+    tmpfs_size: str
+
+    def describe(self) -> str:
+        return f"overlay a tmpfs of {self.tmpfs_size} over the image and enter it"
+
+    def execute(self, builder: Builder) -> None:
+        attributes = MOUNT_ATTR_NOSUID | MOUNT_ATTR_NODEV
+        upper_fd = linux.mount_filesystem("tmpfs", (("size", self.tmpfs_size), ("mode", "0755")), attributes)
+        for name in ("lower", "upper", "work", "root"):
+            os.mkdir(name, 0o755, dir_fd=upper_fd)
+        linux.move_mount(upper_fd, linux.AT_FDCWD, self.stage)
+        linux.move_mount(builder.fds["lower"], linux.AT_FDCWD, f"{self.stage}/lower")
+        layers = [(f"{layer}dir", f"{self.stage}/{layer}") for layer in ("lower", "upper", "work")]
+        root_fd = linux.mount_filesystem("overlay", (*layers, ("userxattr", None)), attributes)
+        linux.move_mount(root_fd, linux.AT_FDCWD, f"{self.stage}/root")
+        linux.enter_root(root_fd)
+        builder.drop("lower")
+        os.close(upper_fd)
+        builder.keep("root", root_fd)
+
+
+@dataclass(frozen=True, slots=True)
+class MountInside:
+    """Mount a file system of the container's own namespaces: devpts, mqueue, shared memory."""
+
+    fstype: str
+    target: str
+    options: tuple[tuple[str, str | None], ...] = ()
+    attributes: int = MOUNT_ATTR_NOSUID | MOUNT_ATTR_NODEV
+
+    def describe(self) -> str:
+        return f"mount {self.fstype} at {self.target}"
+
+    def execute(self, builder: Builder) -> None:
+        mount_fd = linux.mount_filesystem(self.fstype, self.options, self.attributes)
+        try:
+            rootfs.attach(builder.fds["root"], mount_fd, self.target)
+        finally:
+            os.close(mount_fd)
+
+
+@dataclass(frozen=True, slots=True)
+class Attach:
+    """Move a staged mount onto a target that is resolved inside the image, and made where it is missing."""
+
+    name: str
+    target: str
+    source: str = ""
+    optional: bool = False
+
+    def describe(self) -> str:
+        return f"attach {self.name} at {self.target}"
+
+    def execute(self, builder: Builder) -> None:
+        if self.optional and self.name not in builder.fds:
+            return
+        try:
+            rootfs.attach(builder.fds["root"], builder.fds[self.name], self.target)
+        except OSError as error:
+            raise errors.mount_target_failed(self.source or self.name, self.target, error.errno or 0) from error
+        builder.drop(self.name)
+
+
+@dataclass(frozen=True, slots=True)
+class WriteStaged:
+    """Replace a file of the image by what StageText read on the host."""
+
+    path: str
+    name: str
+
+    def describe(self) -> str:
+        return f"write {self.path} as on the host"
+
+    def execute(self, builder: Builder) -> None:
+        _replace(builder, self.path, builder.texts[self.name])
+
+
+@dataclass(frozen=True, slots=True)
+class WriteHostname:
+    """The container's host name is the node's: the new uts namespace starts as a copy."""
+
+    def describe(self) -> str:
+        return "write /etc/hostname"
+
+    def execute(self, builder: Builder) -> None:
+        _replace(builder, "/etc/hostname", os.uname().nodename.encode() + b"\n")
+
+
+@dataclass(frozen=True, slots=True)
+class WriteAccounts:
+    """Add the user and his groups, as LookUpAccounts found them, to the image's /etc/passwd and /etc/group."""
+
+    home: str
+    remap_root: bool
+
+    def describe(self) -> str:
+        return "add the user and his groups to /etc/passwd and /etc/group"
+
+    def execute(self, builder: Builder) -> None:
+        root_fd = builder.fds["root"]
+        uid, gid = (0, 0) if self.remap_root else (builder.uid, builder.gid)
+        name = "root" if self.remap_root else builder.user_name
+        users = etcfiles.passwd(rootfs.read_file(root_fd, "/etc/passwd"), name, uid, gid, self.home, "/bin/sh")
+        _replace(builder, "/etc/passwd", users)
+        _replace(builder, "/etc/group", etcfiles.group(rootfs.read_file(root_fd, "/etc/group"), builder.group_names))
+
+
+@dataclass(frozen=True, slots=True)
+class MakeDirectory:
+    """Make a directory if it is missing, parents too; what is there stays as it is."""
+
+    path: str
+    mode: int = 0o755
+
+    def describe(self) -> str:
+        return f"make directory {self.path}"
+
+    def execute(self, builder: Builder) -> None:
+        with suppress(PermissionError, NotADirectoryError, FileExistsError):
+            os.close(rootfs.make_directories(builder.fds["root"], self.path, self.mode))
+
+
+@dataclass(frozen=True, slots=True)
+class ReadImageEnvironment:
+    """Report the variables that the image sets, from its /etc/environment."""
+
+    def describe(self) -> str:
+        return "read the environment of the image"
+
+    def execute(self, builder: Builder) -> None:
+        for name, value in environment.parse_etc_environment(rootfs.read_file(builder.fds["root"], "/etc/environment")):
+            builder.results.append(("env", f"{name}={value}"))
+
+
+@dataclass(frozen=True, slots=True)
+class SealRoot:
+    """Make the root read-only, when everything has its mount point."""
+
+    def describe(self) -> str:
+        return "make the root read-only"
+
+    def execute(self, builder: Builder) -> None:
+        linux.set_attributes(builder.fds["root"], MOUNT_ATTR_RDONLY)
+
+
+@dataclass(frozen=True, slots=True)
+class CheckWorkdir:
+    """Find out now whether the working directory can be entered: the error is worded better here than in the task."""
+
+    path: str
+
+    def describe(self) -> str:
+        return f"check working directory {self.path}"
+
+    def execute(self, builder: Builder) -> None:
+        try:
+            os.close(rootfs.open_inside(builder.fds["root"], self.path, os.O_PATH | os.O_DIRECTORY))
+        except OSError as error:
+            raise errors.workdir_missing(self.path) from error
+        if not os.access(self.path, os.X_OK):
+            raise errors.workdir_missing(self.path)
+
+
+def _replace(builder: Builder, path: str, content: bytes) -> None:
+    if not rootfs.replace_file(builder.fds["root"], path, content):
+        builder.results.append(("warning", f"{path} of the image can't be replaced by its user, ignoring"))
+
+
+def _words(error: OSError) -> str:
+    return errors.reason(error.errno or 0)

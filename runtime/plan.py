@@ -1,0 +1,171 @@
+"""The plan of a container: request + configuration + facts of the node -> operations, in their order.
+
+The one place where the order of things is written; read it from top to bottom to learn how a container is made.
+Pure: makes no system call, so `enclos render` can print a plan anywhere and golden tests can compare it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from enclos.runtime import errors
+from enclos.runtime import operations as op
+from enclos.runtime.builder import Plan
+from enclos.runtime.idmap import IdMaps
+from enclos.runtime.linux import (
+    MOUNT_ATTR_NOATIME,
+    MOUNT_ATTR_NODEV,
+    MOUNT_ATTR_NODIRATIME,
+    MOUNT_ATTR_NOEXEC,
+    MOUNT_ATTR_NOSUID,
+    MOUNT_ATTR_NOSYMFOLLOW,
+    MOUNT_ATTR_RDONLY,
+)
+from enclos.runtime.mounts import Mount
+from enclos.runtime.policy import Decision
+from enclos.runtime.request import StepRequest
+from enclos.runtime.settings import Config
+
+SAFE = MOUNT_ATTR_NOSUID | MOUNT_ATTR_NODEV
+KERNEL_FS = SAFE | MOUNT_ATTR_NOEXEC
+STANDARD_NODES = ("/dev/null", "/dev/zero", "/dev/full", "/dev/random", "/dev/urandom", "/dev/tty")
+MOUNT_FLAGS = {
+    "noexec": MOUNT_ATTR_NOEXEC,
+    "noatime": MOUNT_ATTR_NOATIME,
+    "nodiratime": MOUNT_ATTR_NODIRATIME,
+    "nosymfollow": MOUNT_ATTR_NOSYMFOLLOW,
+}
+
+
+@dataclass(frozen=True, slots=True)
+class NodeFacts:
+    """What a plan needs to know of the node.
+
+    Attributes:
+        stage: directory in the agent's mount namespace on which every builder mounts its own stage.
+        step_cgroup: directory of the step's cgroup v2, or empty where Slurm uses none.
+        noop: a static program that does nothing, or empty.
+    """
+
+    stage: str
+    step_cgroup: str = ""
+    noop: str = ""
+
+
+def make(request: StepRequest, decision: Decision, config: Config, maps: IdMaps, node: NodeFacts) -> Plan:
+    """The early plan of a step: everything that can be done before its first task is there.
+
+    Args:
+        decision: what the site's policy made of the request.
+        maps: the user namespace's uid and gid maps.
+    """
+    return Plan(request.uid, request.gid, request.groups, tuple(_early(request, decision, config, maps, node)))
+
+
+def _early(
+    request: StepRequest, decision: Decision, config: Config, maps: IdMaps, node: NodeFacts
+) -> Iterator[op.Operation]:
+    home = home_directory(request, decision)
+    mounts = (*decision.site_mounts, *_home_mount(request, decision), *decision.user_mounts)
+    binds = [mount for mount in mounts if mount.kind == "bind"]
+
+    # As root: what belongs to namespaces that root owns, and what the user's eyes are needed for.
+    yield op.LookUpAccounts()
+    yield op.OpenImage(request.image_path(), config.images.user_files == "trust")
+    for index, mount in enumerate(binds):
+        yield _clone(index, mount)
+    yield op.StageText("resolv.conf", "/etc/resolv.conf")
+    yield op.StageText("hosts", "/etc/hosts")
+    yield op.StageDevices("dev", (*STANDARD_NODES, *config.devices.nodes))
+    yield op.StageFilesystem("proc", "proc", (("hidepid", "invisible"),), KERNEL_FS)
+    if node.step_cgroup:
+        yield op.CloneHostPath("cgroup", node.step_cgroup, KERNEL_FS | MOUNT_ATTR_RDONLY)
+    if request.taskprolog and node.noop:
+        yield op.CloneHostPath("taskprolog", node.noop, SAFE | MOUNT_ATTR_RDONLY)
+    if decision.network != "host":
+        yield op.JoinNetwork()
+    yield op.StageFilesystem("sys", "sysfs", (), KERNEL_FS | MOUNT_ATTR_RDONLY)
+
+    # As the user, in his own user namespace.
+    yield op.BecomeUser()
+    yield op.EnterUserNamespace(maps.uid_map, maps.gid_map)
+    yield op.EnterNamespaces()
+    yield op.EnterRoot(node.stage, config.rootfs.tmpfs_size)
+    yield op.Attach("proc", "/proc")
+    yield op.Attach("sys", "/sys")
+    if node.step_cgroup:
+        yield op.Attach("cgroup", "/sys/fs/cgroup")
+    yield op.Attach("dev", "/dev")
+    yield op.MountInside("devpts", "/dev/pts", (("newinstance", None), ("ptmxmode", "0666"), ("mode", "0620")))
+    yield op.MountInside("tmpfs", "/dev/shm", (("mode", "1777"), ("size", config.rootfs.shm_size)))
+    yield op.MountInside("mqueue", "/dev/mqueue", (), KERNEL_FS)
+    yield op.ReadImageEnvironment()
+    yield op.WriteAccounts(home, decision.remap_root)
+    yield op.WriteStaged("/etc/resolv.conf", "resolv.conf")
+    yield op.WriteStaged("/etc/hosts", "hosts")
+    yield op.WriteHostname()
+    yield op.MakeDirectory("/tmp", 0o1777)
+    yield op.MakeDirectory(home, 0o700)
+    for mount in mounts:
+        if mount.kind == "bind":
+            name = f"mount{binds.index(mount)}"
+            yield op.Attach(name, mount.target, mount.source, optional="nofail" in mount.options)
+        else:
+            yield _tmpfs(mount)
+    if request.taskprolog and node.noop:
+        yield op.Attach("taskprolog", request.taskprolog)
+
+
+def late(request: StepRequest, decision: Decision, directories: Sequence[str]) -> Plan:
+    """The late plan, which the first task brings: what Slurm made after PREPARE, and the last touches.
+
+    Args:
+        directories: host directories that the agent sends as descriptors of the same name, to appear at
+            the same path inside (PMIx).
+    """
+    steps: list[op.Operation] = [op.Attach(path, path) for path in directories]
+    if request.workdir:
+        steps.append(op.CheckWorkdir(request.workdir))
+    if not decision.writable:
+        steps.append(op.SealRoot())
+    return Plan(request.uid, request.gid, request.groups, tuple(steps))
+
+
+def home_directory(request: StepRequest, decision: Decision) -> str:
+    """The user's home inside: the one he has outside, or /root for a remapped root whose home is not mounted."""
+    if decision.remap_root and not decision.mount_home:
+        return "/root"
+    return request.home or "/"
+
+
+def _home_mount(request: StepRequest, decision: Decision) -> tuple[Mount, ...]:
+    if not decision.mount_home:
+        return ()
+    if not request.home:
+        raise errors.home_missing(request.home)
+    return (Mount(request.home, request.home, "bind", None, True, (), request.home),)
+
+
+def _attributes(mount: Mount) -> int:
+    attributes = SAFE | (MOUNT_ATTR_RDONLY if mount.read_only else 0)
+    for option in mount.options:
+        attributes |= MOUNT_FLAGS.get(option, 0)
+    return attributes
+
+
+def _clone(index: int, mount: Mount) -> op.CloneSource:
+    private = "private" in mount.options or "rprivate" in mount.options
+    optional = "nofail" in mount.options
+    return op.CloneSource(
+        f"mount{index}", mount.source, mount.target, mount.recursive, _attributes(mount), private, optional
+    )
+
+
+def _tmpfs(mount: Mount) -> op.MountInside:
+    options: list[tuple[str, str | None]] = [("mode", "0755")]
+    for option in mount.options:
+        name, equals, value = option.partition("=")
+        if equals and name in ("size", "mode", "nr_inodes"):
+            options.append((name, value))
+    return op.MountInside("tmpfs", mount.target, tuple(options), _attributes(mount))

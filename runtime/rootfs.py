@@ -1,0 +1,110 @@
+"""Paths below a container's root: opened, made, mounted on and replaced without leaving it.
+
+Every path is resolved by openat2(2) with RESOLVE_IN_ROOT, so no symlink of an image leads to the host. Knows
+nothing of plans or of the agent. Runs in builders, as the user once the user namespace exists.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import stat
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+
+from enclos.runtime import linux
+from enclos.runtime.linux import RESOLVE_IN_ROOT, RESOLVE_NO_MAGICLINKS
+
+READ_LIMIT_BYTES = 1 << 20
+
+
+def open_inside(root_fd: int, path: str, flags: int, mode: int = 0) -> int:
+    """Open a path below the container's root; no symlink of the image leads out of it."""
+    resolve = RESOLVE_IN_ROOT | RESOLVE_NO_MAGICLINKS
+    return linux.openat2(root_fd, path, flags | os.O_CLOEXEC, mode, resolve)
+
+
+@contextmanager
+def _parent(root_fd: int, path: str) -> Iterator[tuple[int, str]]:
+    """The descriptor of the directory that holds `path` (made if missing), and the last component."""
+    directory, name = os.path.split(path.rstrip("/"))
+    fd = make_directories(root_fd, directory)
+    try:
+        yield fd, name
+    finally:
+        os.close(fd)
+
+
+def make_directories(root_fd: int, path: str, mode: int = 0o755) -> int:
+    """Like mkdir -p below root_fd, the last directory with `mode` if it is made.
+
+    Returns:
+        An O_PATH descriptor of the last directory, owned by the caller.
+    """
+    resolve = RESOLVE_IN_ROOT | RESOLVE_NO_MAGICLINKS
+    flags = os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC
+    try:
+        return linux.openat2(root_fd, path or "/", flags, 0, resolve)
+    except FileNotFoundError:
+        parent, name = os.path.split(path.rstrip("/"))
+        parent_fd = make_directories(root_fd, parent)
+    try:
+        os.mkdir(name, 0o755, dir_fd=parent_fd)
+        if mode != 0o755:
+            os.chmod(name, mode, dir_fd=parent_fd)  # mkdir applies the umask, and drops the sticky bit
+        return linux.openat2(parent_fd, name, flags, 0, resolve)
+    finally:
+        os.close(parent_fd)
+
+
+def attach(root_fd: int, mount_fd: int, target: str) -> None:
+    """Move a detached mount onto `target`; a missing target is made to fit what is mounted."""
+    try:
+        target_fd = open_inside(root_fd, target, os.O_PATH)
+    except FileNotFoundError:
+        target_fd = _make_target(root_fd, target, stat.S_ISDIR(os.fstat(mount_fd).st_mode))
+    try:
+        linux.move_mount(mount_fd, target_fd)
+    finally:
+        os.close(target_fd)
+
+
+def _make_target(root_fd: int, target: str, directory: bool) -> int:
+    if directory:
+        return make_directories(root_fd, target)
+    with _parent(root_fd, target) as (parent_fd, name):
+        flags = os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_NOFOLLOW | os.O_CLOEXEC
+        os.close(os.open(name, flags, 0o644, dir_fd=parent_fd))
+        return os.open(name, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=parent_fd)
+
+
+def read_file(root_fd: int, path: str) -> bytes:
+    """A file of the image, empty when it is missing, unreadable or no regular file; cut at 1 MiB."""
+    try:
+        fd = open_inside(root_fd, path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY)
+    except OSError:
+        return b""
+    with open(fd, "rb", buffering=0) as file:
+        if not stat.S_ISREG(os.fstat(fd).st_mode):
+            return b""
+        return file.read(READ_LIMIT_BYTES) or b""
+
+
+def replace_file(root_fd: int, path: str, content: bytes) -> bool:
+    """Write `path` anew; a symlink by that name is replaced, not followed.
+
+    Returns:
+        False where the image does not let its user replace the file: the image's own stays.
+    """
+    try:
+        with _parent(root_fd, path) as (parent_fd, name):
+            with suppress(FileNotFoundError):
+                os.unlink(name, dir_fd=parent_fd)
+            flags = os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_NOFOLLOW | os.O_CLOEXEC
+            with open(os.open(name, flags, 0o644, dir_fd=parent_fd), "wb", buffering=0) as file:
+                file.write(content)
+    except OSError as error:
+        if error.errno in (errno.EACCES, errno.EPERM, errno.EOVERFLOW, errno.EISDIR, errno.ENOTDIR):
+            return False
+        raise
+    return True

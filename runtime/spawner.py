@@ -1,0 +1,133 @@
+"""The agent's side of the zygote: starts it, asks it for children, starts another when it dies.
+
+The agent itself never forks: its memory holds every user's requests, and a fork of a process with an event loop
+copies more than it needs.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Sequence
+
+from enclos.runtime import protocol
+from enclos.runtime.connection import Connection
+
+log = logging.getLogger("enclosd")
+
+RESTART_PAUSE_SECONDS = 1.0
+
+
+class ChildDied(Exception):
+    """The child ended, or could not be started, before it said what was expected of it."""
+
+
+class Child:
+    """One fork of the zygote, as the agent sees it: its channel, pid and pidfd. Closed by `close`."""
+
+    __slots__ = ("channel", "pid", "pidfd")
+
+    def __init__(self, channel: Connection) -> None:
+        self.channel = channel
+        self.pid = 0
+        self.pidfd = -1
+
+    async def receive(self) -> protocol.Message:
+        """The child's next message, `started` aside; raises ChildDied when there will be none."""
+        while True:
+            message = await self.channel.receive()
+            if message is None:
+                raise ChildDied
+            if message.get("state") != "started":
+                return message
+            self.pid = message.number("pid")
+            (self.pidfd,) = message.take_fds()
+
+    def send(self, fields: protocol.Fields, fds: Sequence[int] = ()) -> None:
+        """Raises ChildDied when the child is gone."""
+        if not self.channel.send(fields, fds):
+            raise ChildDied
+
+    def kill(self) -> None:
+        """SIGKILL; a user may have stopped the child, and this works on a stopped one too."""
+        if self.pidfd >= 0:
+            with contextlib.suppress(ProcessLookupError):
+                signal.pidfd_send_signal(self.pidfd, signal.SIGKILL)
+
+    def close(self) -> None:
+        self.channel.close()
+        if self.pidfd >= 0:
+            os.close(self.pidfd)
+            self.pidfd = -1
+
+
+class Spawner:
+    """Keeps one zygote running."""
+
+    def __init__(self) -> None:
+        self._control: Connection | None = None
+        self._process: subprocess.Popen[bytes] | None = None
+        self._watch: asyncio.Task[None] | None = None
+
+    async def start(self) -> None:
+        """Start the zygote and wait until it can fork; raises ChildDied when it can't be started."""
+        mine, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        with theirs:
+            command = [sys.executable, "-m", "enclos.runtime.zygote", str(theirs.fileno())]
+            self._process = subprocess.Popen(command, stdin=subprocess.DEVNULL, pass_fds=[theirs.fileno()])
+        control = Connection(mine)
+        if await control.receive() is None:
+            raise ChildDied
+        self._control = control
+        self._watch = asyncio.create_task(self._restart_when_gone(control))
+
+    async def _restart_when_gone(self, control: Connection) -> None:
+        """Whoever was being served by the dead zygote's builders retries; see steps.py."""
+        await control.receive()
+        control.close()
+        self._control = None
+        if self._process is not None:
+            self._process.wait()
+        log.warning("zygote ended, starting another")
+        while True:
+            with contextlib.suppress(ChildDied):
+                await self.start()
+                return
+            await asyncio.sleep(RESTART_PAUSE_SECONDS)
+
+    @property
+    def pid(self) -> int:
+        """Process id of the zygote."""
+        return self._process.pid if self._process is not None else 0
+
+    def spawn(self, task: str, fields: protocol.Fields = (), fds: Sequence[int] = ()) -> Child:
+        """Ask for a child; the caller keeps its descriptors and closes the returned child.
+
+        Raises:
+            ChildDied: there is no zygote at this moment.
+        """
+        if self._control is None:
+            raise ChildDied
+        mine, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        with theirs:
+            sent = self._control.send([("task", task), *fields], [theirs.fileno(), *fds])
+        if not sent:
+            mine.close()
+            raise ChildDied
+        return Child(Connection(mine))
+
+    async def stop(self) -> None:
+        """Let the zygote end by closing its control socket."""
+        if self._watch is not None:
+            self._watch.cancel()
+        if self._control is not None:
+            self._control.close()
+            self._control = None
+        if self._process is not None:
+            await asyncio.to_thread(self._process.wait)

@@ -1,0 +1,435 @@
+"""The life of a node-step: made by PREPARE, joined by its tasks, ended with its slurmstepd.
+
+Holds one `NodeStep` per step on this node and everything that must happen to it in order: policy, network, build,
+late plan, relay, the end. Runs in the agent; mounts nothing, knows nothing of sockets towards Slurm.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from enclos.netns import facts, namespace, relay
+from enclos.runtime import cgroup, environment, errors, linux, plan, policy, seccomp
+from enclos.runtime.connection import wait_readable
+from enclos.runtime.container import Container, clone_directories
+from enclos.runtime.idmap import container_maps
+from enclos.runtime.images.store import MountedImages
+from enclos.runtime.jobs import Jobs, word
+from enclos.runtime.journal import Journal
+from enclos.runtime.request import StepRequest
+from enclos.runtime.settings import Config
+from enclos.runtime.spawner import Child, ChildDied, Spawner
+
+log = logging.getLogger("enclosd")
+
+ATTEMPTS = 2
+ZYGOTE_PAUSE_SECONDS = 1.0
+
+# What container root may do to the files and processes of its own container: nothing here reaches further than
+# the user namespace, and mounting (CAP_SYS_ADMIN) is not among it.
+ROOT_CAPABILITIES = linux.capability_mask(
+    linux.CAP_CHOWN,
+    linux.CAP_DAC_OVERRIDE,
+    linux.CAP_DAC_READ_SEARCH,
+    linux.CAP_FOWNER,
+    linux.CAP_KILL,
+    linux.CAP_SETGID,
+    linux.CAP_SETUID,
+    linux.CAP_SETPCAP,
+    linux.CAP_SYS_CHROOT,
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Surroundings:
+    """What every step of the node shares."""
+
+    node: str
+    config: Config
+    stage: str
+    noop: str
+    journal: Journal
+    spawner: Spawner
+    images: MountedImages
+    jobs: Jobs
+
+
+@dataclass(slots=True)
+class JoinReply:
+    """What a task needs to enter the container. The descriptors stay the step's."""
+
+    fields: list[tuple[str, str]]
+    fds: dict[str, int] = field(default_factory=dict)
+
+
+class Step:
+    """A step on this node, tied to its slurmstepd: what every step has, built by this agent or one before it."""
+
+    def __init__(self, around: Surroundings, record: dict[str, Any], stepd_pidfd: int) -> None:
+        self._around = around
+        self.record = record
+        self.stepd_pidfd = stepd_pidfd
+
+    @property
+    def key(self) -> tuple[int, int]:
+        return self.record["job"], self.record["step"]
+
+    @property
+    def uid(self) -> int:
+        return int(self.record["uid"])
+
+    @property
+    def name(self) -> str:
+        return f"{self.record['job']}.{self.record['step']}"
+
+    def prepare(self) -> None:
+        """Begin to build, where there is something to build."""
+
+    async def join(self) -> JoinReply:
+        """The answer for one task; raises EnclosError where there is none."""
+        raise errors.agent_restarted()
+
+    def mount_namespace(self) -> int:
+        """The container's mount namespace, or -1; it stays the step's."""
+        return -1
+
+    async def release(self) -> None:
+        """Give up everything that belongs to the step alone, when nothing of it runs any more."""
+
+    async def watch(self, forget: Callable[[Step], None]) -> None:
+        """Wait for the end of slurmstepd, then clean up behind the step."""
+        await wait_readable(self.stepd_pidfd)
+        forget(self)
+        await self._sweep()
+        await self.release()
+        os.close(self.stepd_pidfd)
+        self._around.journal.remove(f"step.{self.name}")
+        log.info("step=%s ended after %.1f s", self.name, time.time() - self.record["started"])
+
+    async def _sweep(self) -> None:
+        """Kill what slurmstepd left in the container."""
+        namespace_fd = self.mount_namespace()
+        while namespace_fd >= 0:
+            try:
+                child = self._around.spawner.spawn("sweep", [("uid", str(self.uid))], [namespace_fd])
+            except ChildDied:
+                await asyncio.sleep(ZYGOTE_PAUSE_SECONDS)
+                continue
+            try:
+                with await child.receive() as answer:
+                    self._log_sweep(answer.get("killed"), answer.get("left"))
+                return
+            except ChildDied:
+                continue
+            finally:
+                child.close()
+
+    def _log_sweep(self, killed: str, left: str) -> None:
+        if (killed, left) != ("0", "0"):
+            log.warning("step=%s killed %s processes that were left, %s still there", self.name, killed, left)
+
+    def describe(self) -> dict[str, Any]:
+        """What `enclos ps` shows."""
+        hidden = ("stepd_start", "mnt")
+        return {key: value for key, value in self.record.items() if key not in hidden}
+
+
+class AdoptedStep(Step):
+    """A step that an agent before this one built; its tasks have joined already."""
+
+    def __init__(
+        self, around: Surroundings, record: dict[str, Any], stepd_pidfd: int, namespaces: dict[str, int]
+    ) -> None:
+        super().__init__(around, record, stepd_pidfd)
+        self._namespaces = namespaces
+
+    def mount_namespace(self) -> int:
+        return self._namespaces.get("mnt", -1)
+
+    async def release(self) -> None:
+        for fd in self._namespaces.values():
+            os.close(fd)
+        self._namespaces.clear()
+
+
+class NodeStep(Step):
+    """A step that this agent builds. All methods run in its event loop."""
+
+    def __init__(self, around: Surroundings, request: StepRequest, stepd_pidfd: int) -> None:
+        super().__init__(around, _record(request), stepd_pidfd)
+        self.request = request
+        self.network = ""
+        self.addresses: tuple[str, str] = ("", "")
+        self._begin = time.perf_counter()
+        self._decision: policy.Decision | None = None
+        self.container: Container | None = None
+        self._private_net_fd = -1
+        self._net_fd = -1
+        self._seccomp_fd = -1
+        self._relay: Child | None = None
+        self._notices: list[str] = []
+        self._reply: JoinReply | None = None
+        self.ready: asyncio.Task[JoinReply] | None = None
+        self._early: asyncio.Task[None] | None = None
+
+    def prepare(self) -> None:
+        """Begin to build; errors wait for the first join."""
+        self._early = asyncio.create_task(self._build_early())
+        # Without a reader the event loop would report the exception as lost.
+        self._early.add_done_callback(lambda task: task.cancelled() or task.exception())
+
+    async def join(self) -> JoinReply:
+        """The answer for one task; the first one finishes the container.
+
+        Raises:
+            EnclosError: the reason why there is no container.
+        """
+        if self.ready is None:
+            self.ready = asyncio.create_task(self._finish())
+        return await asyncio.shield(self.ready)
+
+    # --- building ---------------------------------------------------------------------------------------------
+
+    async def _build_early(self) -> None:
+        """Decide, then build up to the point where the first task is needed."""
+        config = self._around.config
+        self._decision = decision = policy.decide(self.request, config)
+        self.network = decision.network
+        maps = container_maps(self.request.uid, self.request.gid, self.request.groups, decision.remap_root)
+        if maps.dropped:
+            self._notices.append(f"{len(maps.dropped)} of your groups do not fit into the container's group map, ignoring")
+        network = asyncio.create_task(self._make_network(decision.network))
+        try:
+            node = plan.NodeFacts(self._around.stage, cgroup.step_cgroup(self.request.stepd), self._around.noop)
+            early = plan.make(self.request, decision, config, maps, node)
+            self.container = Container(self._around.spawner, self._around.images)
+            self._write_record()
+            await self.container.build(early, lambda: self._network_descriptors(network))
+            await network
+        except BaseException:
+            network.cancel()
+            with contextlib.suppress(BaseException):
+                await network
+            self._abandon()
+            raise
+        self._write_record()
+
+    async def _network_descriptors(self, network: asyncio.Task[int]) -> list[int]:
+        """What the builder needs of the network: its namespace, and /etc/hosts where it has names of its own."""
+        net_fd = await network
+        if self.network != "job":
+            return [net_fd]
+        made = await self._around.jobs.network(self.request.job)
+        self.addresses = made.own
+        return [net_fd, made.hosts_fd]
+
+    async def _make_network(self, kind: str) -> int:
+        """The network namespace of the step; -1 for the node's own."""
+        if kind == "job":
+            self._net_fd = (await self._around.jobs.network(self.request.job)).netns_fd
+        elif kind == "none":
+            try:
+                self._net_fd = self._private_net_fd = namespace.create_private()
+            except facts.NetworkFact as fact:
+                raise word(fact) from fact
+        return self._net_fd
+
+    async def _finish(self) -> JoinReply:
+        """Everything up to the answer for the first task: with a deadline, and a second attempt."""
+        deadline = self._around.config.step.build_deadline_seconds
+        for attempt in range(1, ATTEMPTS + 1):
+            try:
+                async with asyncio.timeout(deadline):
+                    if self._early is None:
+                        self.prepare()
+                    assert self._early is not None
+                    await self._early
+                    await self._build_late()
+                self._set_state("running")
+                self._log_ready(attempt)
+                return self._make_reply()
+            except (ChildDied, TimeoutError) as error:
+                self._early = None
+                self._abandon()
+                log.warning("step=%s builder %s (attempt %d)", self.name,
+                            "timed out" if isinstance(error, TimeoutError) else "died", attempt)  # fmt: skip
+                failure = errors.build_timed_out(deadline) if isinstance(error, TimeoutError) else errors.builder_ended("", "killed")
+            except errors.EnclosError as error:
+                self._abandon()
+                log.warning("step=%s uid=%d failed: %s", self.name, self.request.uid, error.line())
+                self._set_state("failed")
+                raise
+            except Exception:
+                self._abandon()
+                log.exception("step=%s failed", self.name)
+                self._set_state("failed")
+                raise errors.build_failed("(see the agent's log)", 0) from None
+        self._set_state("failed")
+        raise failure
+
+    async def _build_late(self) -> None:
+        """What can only be done now: Slurm has made its directories and started its PMIx server."""
+        assert self.container is not None and self._decision is not None
+        await self._start_relay()
+        request = self.request
+        step = f"{request.job}.{request.step}"
+        clones = clone_directories([f"{request.spool}/pmix.{step}", f"{request.tmpfs}/spmix_appdir_{request.uid}_{step}"])
+        try:
+            await self.container.finish(plan.late(request, self._decision, list(clones)), clones)
+        finally:
+            for fd in clones.values():
+                os.close(fd)
+
+    async def _start_relay(self) -> None:
+        """Make slurmstepd's PMIx server reachable from the network namespace of the step.
+
+        The targets are sockets that slurmstepd itself listens on, never what the environment names.
+        """
+        if self._net_fd < 0 or self._relay is not None:
+            return
+        targets = relay.step_listeners(self.request.stepd)
+        if not targets:
+            return
+        try:
+            listeners = relay.listen(self._net_fd, targets)
+        except facts.NetworkFact as fact:
+            raise word(fact) from fact
+        with contextlib.ExitStack() as stack:
+            for listener in listeners:
+                stack.enter_context(listener)
+            fds = [self.stepd_pidfd, *(listener.fileno() for listener in listeners)]
+            uid = self._around.config.network.relay_uid
+            self._relay = self._around.spawner.spawn("relay", [("uid", str(uid))], fds)
+
+    def _make_reply(self) -> JoinReply:
+        assert self.container is not None and self._decision is not None
+        fields = [("status", "ok"), ("workdir", self.request.workdir or "/")]
+        fds = dict(self.container.namespaces)
+        if self._net_fd >= 0:
+            fds["net"] = self._net_fd
+        if self._decision.remap_root:
+            fields.append(("keep_caps", f"{ROOT_CAPABILITIES:x}"))
+            fds["seccomp"] = self._seccomp()
+            if not self._decision.mount_home:
+                fields.append(("set", "HOME=/root"))
+        fields += self._environment()
+        fields += [("notice", text) for text in (*self._notices, *self.container.warnings)]
+        return JoinReply(fields, fds)
+
+    def _seccomp(self) -> int:
+        if self._seccomp_fd < 0:
+            self._seccomp_fd = os.memfd_create("enclos-seccomp", os.MFD_CLOEXEC)
+            os.write(self._seccomp_fd, seccomp.remap_root_filter(os.uname().machine))
+        return self._seccomp_fd
+
+    def _environment(self) -> list[tuple[str, str]]:
+        """The image's variables, and those of the job that name interfaces of the node's network."""
+        assert self.container is not None
+        pairs = [(name, value) for name, _, value in (entry.partition("=") for entry in self.container.environment)]
+        fields = []
+        for name, value in environment.from_image(pairs, ()):
+            keeps = any(_matches(pattern, name) for pattern in self.request.environment)
+            fields.append(("default" if keeps else "set", f"{name}={value}"))
+        if self._net_fd >= 0 and self.request.interface_variables:
+            names = ["lo", *([self._around.config.network.ifname] if self.network == "job" else [])]
+            unset = environment.unset_interfaces(self.request.interface_variables, names, [a for a in self.addresses if a])
+            fields += [("unset", name) for name in unset.names]
+            if unset.notice:
+                self._notices.append(unset.notice)
+        return fields
+
+    # --- the end ----------------------------------------------------------------------------------------------
+
+    def mount_namespace(self) -> int:
+        return self.container.namespaces.get("mnt", -1) if self.container is not None else -1
+
+    async def release(self) -> None:
+        for task in (self._early, self.ready):
+            if task is not None and not task.done():
+                task.cancel()
+                with contextlib.suppress(asyncio.CancelledError, Exception):
+                    await task
+        self._abandon()
+        if self._relay is not None:
+            self._relay.close()
+
+    def _abandon(self) -> None:
+        """Drop the container and what belongs to it alone."""
+        if self.container is not None:
+            self.container.abandon()
+            self.container = None
+        for fd in (self._private_net_fd, self._seccomp_fd):
+            if fd >= 0:
+                os.close(fd)
+        self._private_net_fd = self._seccomp_fd = self._net_fd = -1
+
+    # --- records ----------------------------------------------------------------------------------------------
+
+    def _write_record(self) -> None:
+        """Enough for an agent after this one to find the step again."""
+        self.record |= {"network": self.network, "ipv4": self.addresses[0], "ipv6": self.addresses[1]}
+        if self.mount_namespace() >= 0:
+            mnt = os.fstat(self.mount_namespace())
+            self.record["mnt"] = [mnt.st_dev, mnt.st_ino]
+        self._around.journal.write(f"step.{self.name}", self.record)
+
+    def _set_state(self, state: str) -> None:
+        self.record["state"] = state
+        self._write_record()
+
+    def _log_ready(self, attempt: int) -> None:
+        """The agent's line per step: the time of each operation, and of the whole since PREPARE."""
+        assert self.container is not None
+        phases = " ".join(f"{name}={ms:.2f}" for name, ms in _summed(self.container.timings))
+        total = (time.perf_counter() - self._begin) * 1e3
+        log.info("step=%s uid=%d image=%s network=%s tasks=%d attempt=%d ready in %.1f ms: %s", self.name,
+                 self.request.uid, errors.printable(self.request.image), self.network, self.request.tasks, attempt,
+                 total, phases)  # fmt: skip
+
+
+def _record(request: StepRequest) -> dict[str, Any]:
+    """What is kept of a step beyond the agent's life, and shown by `enclos ps`."""
+    return {
+        "job": request.job,
+        "step": request.step,
+        "uid": request.uid,
+        "image": request.image,
+        "network": "",
+        "ipv4": "",
+        "ipv6": "",
+        "tasks": request.tasks,
+        "state": "building",
+        "started": time.time(),
+        "stepd": request.stepd,
+        "stepd_start": start_time(request.stepd),
+        "mnt": None,
+    }
+
+
+def _summed(timings: list[tuple[str, float]]) -> list[tuple[str, float]]:
+    sums: dict[str, float] = {}
+    for name, ms in timings:
+        sums[name] = sums.get(name, 0.0) + ms
+    return list(sums.items())
+
+
+def _matches(pattern: str, name: str) -> bool:
+    return name.startswith(pattern[:-1]) if pattern.endswith("*") else name == pattern
+
+
+def start_time(pid: int) -> int:
+    """Start time of a process in clock ticks since boot (proc_pid_stat(5), field 22); with the pid it names one process.
+
+    Raises:
+        FileNotFoundError: there is no such process.
+    """
+    with open(f"/proc/{pid}/stat", "rb", buffering=0) as file:
+        stat = file.read(4096)
+    return int(stat[stat.rindex(b")") + 2 :].split()[19])

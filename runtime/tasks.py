@@ -1,0 +1,33 @@
+"""What the zygote can be asked to become: one row per task. Imported by the zygote only."""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from enclos.runtime import builder, relays, sweep
+from enclos.runtime.protocol import Message
+
+
+@dataclass(frozen=True, slots=True)
+class Task:
+    """`run` gets its channel to the agent and the request (it owns both) and returns an exit status.
+
+    A task that a running step needs must not die with the zygote, which dies with the agent.
+    """
+
+    name: str
+    run: Callable[[socket.socket, Message], int]
+    dies_with_zygote: bool
+
+
+TASKS = {
+    task.name: task
+    for task in (
+        Task("build", builder.build, True),
+        Task("relay", relays.run, False),
+        Task("sweep", sweep.run, True),
+        Task("resolve", relays.resolve, True),
+    )
+}

@@ -1,0 +1,96 @@
+"""The zygote: a small process that forks builders, relays and sweepers, so that the agent never forks.
+
+The agent starts it as a fresh interpreter before anything else, over one socket. It holds no secret and imports
+only what its children need, so a fork is cheap and shows a user nothing. Runs as root in the agent's mount
+namespace and the node's network namespace; knows nothing of Slurm, images or networks.
+
+A spawn request is one packet: `task=NAME` and the child's end of a channel, then the task's own descriptors.
+The child's first packet on its channel is `started` with its pid and pidfd.
+"""
+
+from __future__ import annotations
+
+import grp
+import os
+import pwd
+import signal
+import socket
+import sys
+
+from enclos.runtime import linux, protocol
+from enclos.runtime.tasks import TASKS, Task
+
+
+def main() -> None:
+    """Serve spawn requests on the descriptor that argv names, until the agent closes its end."""
+    control = socket.socket(fileno=int(sys.argv[1]))
+    control.set_inheritable(False)
+    linux.set_name("enclos-zygote")
+    # Nobody waits for the children: each is watched through its pidfd, so the kernel may reap it at once.
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    # The C library loads its name service modules now and not in every builder.
+    pwd.getpwuid(0), grp.getgrgid(0)
+    protocol.send(control, [("state", "ready")])
+    while (message := protocol.receive(control)) is not None:
+        with message:
+            _spawn(control, message)
+
+
+def _spawn(control: socket.socket, message: protocol.Message) -> None:
+    """Fork the child for one request, and tell the agent its pid on the child's own channel."""
+    task = TASKS[message.get("task")]
+    channel_fd, *fds = message.take_fds()
+    message.fds = fds
+    try:
+        pid = os.fork()
+        if pid == 0:
+            _child(control, task, channel_fd, message)
+        with socket.socket(fileno=os.dup(channel_fd)) as channel:
+            _announce(channel, pid)
+    finally:
+        os.close(channel_fd)
+
+
+def _announce(channel: socket.socket, pid: int) -> None:
+    try:
+        pidfd = os.pidfd_open(pid)
+    except ProcessLookupError:
+        return  # It has ended already: the agent sees the end of the channel.
+    try:
+        protocol.send(channel, [("state", "started"), ("pid", str(pid))], [pidfd])
+    except OSError:
+        pass  # The agent is gone.
+    finally:
+        os.close(pidfd)
+
+
+def _child(control: socket.socket, task: Task, channel_fd: int, request: protocol.Message) -> None:
+    """Run one task in the fork and end without returning, whatever happens."""
+    status = 1
+    try:
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        if task.dies_with_zygote:
+            linux.set_parent_death_signal(signal.SIGKILL)
+        linux.close_other_descriptors([0, 1, 2, channel_fd, *request.fds])
+        control.detach()
+        linux.set_name(f"enclos-{task.name}")
+        with socket.socket(fileno=channel_fd) as channel:
+            status = task.run(channel, request)
+    except BaseException as error:
+        _report(task, error)
+    finally:
+        os._exit(status)
+
+
+def _report(task: Task, error: BaseException) -> None:
+    """A traceback means a bug of ours; it goes to the agent's log."""
+    import traceback
+
+    sys.stderr.write(f"enclos-{task.name}: unexpected {type(error).__name__}\n")
+    traceback.print_exception(error)
+
+
+
+if __name__ == "__main__":
+    main()
