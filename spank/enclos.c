@@ -189,6 +189,8 @@ int slurm_spank_task_init_privileged(spank_t spank, int count, char *words[])
 /* The user, in the task, right before exec: into the container, or no further. */
 int slurm_spank_task_init(spank_t spank, int count, char *words[])
 {
+	int status;
+
 	(void)count;
 	(void)words;
 	if (!step_begun(spank, getppid()))
@@ -198,8 +200,11 @@ int slurm_spank_task_init(spank_t spank, int count, char *words[])
 			    options_image_text(), report_node());
 		report_exit(1);
 	}
-	if (!taskprolog_run(spank))
-		report_exit(1);
+	status = taskprolog_run(spank);
+	if (status != 0) {
+		taskprolog_apply(spank); /* what it printed may say why */
+		report_exit(status);
+	}
 	join_environment(&step.join, spank);
 	if (!join_container(&step.join) || !join_confine(&step.join))
 		report_exit(1);

@@ -62,14 +62,14 @@ struct join {
 
 bool join_wait(struct join *join, int fd, const struct wire_out *request, bool show);
 bool join_network(struct join *join);
-bool join_environment(struct join *join, spank_t spank);
+void join_environment(struct join *join, spank_t spank);
 bool join_container(struct join *join);
 bool join_confine(struct join *join);
 bool join_find_command(spank_t spank);
 
 /* taskprolog.c: the site's TaskProlog, run outside the container */
 void taskprolog_arm(void);
-bool taskprolog_run(spank_t spank);
+int taskprolog_run(spank_t spank);
 void taskprolog_apply(spank_t spank);
 
 #endif

@@ -236,7 +236,7 @@ static void set_variable(spank_t spank, const char *field)
 }
 
 /* Applies `set` and `unset`, in their order. */
-bool join_environment(struct join *join, spank_t spank)
+void join_environment(struct join *join, spank_t spank)
 {
 	const char *key, *value;
 	size_t cursor = 0;
@@ -247,7 +247,6 @@ bool join_environment(struct join *join, spank_t spank)
 		else if (strncmp(key, "unset=", 6) == 0)
 			spank_unsetenv(spank, value);
 	}
-	return true;
 }
 
 /*

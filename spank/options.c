@@ -366,7 +366,8 @@ static int check_image_given(void)
 	for (int i = 0; i < ENCLOS_OPTION_COUNT; i++) {
 		if (chosen[i] == NULL || from_environment(i))
 			continue;
-		slurm_error("enclos: --%s: needs --%s", row_at(i)->name, row_at(image)->name);
+		slurm_error("enclos: --%s%s%s: needs --%s", row_at(i)->name, row_at(i)->has_arg ? "=" : "",
+			    row_at(i)->has_arg ? chosen[i] : "", row_at(image)->name);
 		return -1;
 	}
 	return 0;

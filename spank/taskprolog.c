@@ -16,7 +16,7 @@
 #include <sys/wait.h>
 #include <unistd.h>
 
-#define OUTPUT_LIMIT (1024 * 1024)
+#define OUTPUT_LIMIT (1U << 20)
 
 static char *script; /* the site's; NULL if there is none */
 static char *output;
@@ -93,8 +93,8 @@ static int wait_for(pid_t child)
 	return WIFEXITED(status) ? WEXITSTATUS(status) : 1;
 }
 
-/* Returns false, with the error kept, if the script failed: then Slurm fails the task too. */
-bool taskprolog_run(spank_t spank)
+/* Returns the script's status; if it is not 0 the error is kept, and the task ends with it, as Slurm has it. */
+int taskprolog_run(spank_t spank)
 {
 	int ends[2], status;
 	pid_t child;
@@ -102,11 +102,11 @@ bool taskprolog_run(spank_t spank)
 	if (&slurm_conf != NULL)
 		slurm_conf.task_prolog = NULL;
 	if (script == NULL || script[0] == '\0')
-		return true;
+		return 0;
 	spank_setenv(spank, "SLURM_SCRIPT_CONTEXT", "prolog_task", 1);
 	if (pipe2(ends, O_CLOEXEC) < 0) {
 		report_keep("TaskProlog %s: cannot make a pipe (%s) on %s", script, strerror(errno), report_node());
-		return false;
+		return 1;
 	}
 	child = fork();
 	if (child == 0)
@@ -118,7 +118,7 @@ bool taskprolog_run(spank_t spank)
 	status = child > 0 ? wait_for(child) : 1;
 	if (status != 0)
 		report_keep("TaskProlog %s: failed with status %d on %s", script, status, report_node());
-	return status == 0;
+	return status;
 }
 
 static char *after_word(char *line, const char *word)
