@@ -223,7 +223,7 @@ bool join_network(struct join *join)
 	return entered;
 }
 
-static void set_variable(spank_t spank, const char *field)
+static void set_variable(spank_t spank, const char *field, int overwrite)
 {
 	char name[256];
 	size_t length = strcspn(field, "=");
@@ -232,10 +232,10 @@ static void set_variable(spank_t spank, const char *field)
 		return;
 	memcpy(name, field, length);
 	name[length] = '\0';
-	spank_setenv(spank, name, field + length + 1, 1);
+	spank_setenv(spank, name, field + length + 1, overwrite);
 }
 
-/* Applies `set` and `unset`, in their order. */
+/* Applies `set`, `default` and `unset`, in their order. */
 void join_environment(struct join *join, spank_t spank)
 {
 	const char *key, *value;
@@ -243,7 +243,9 @@ void join_environment(struct join *join, spank_t spank)
 
 	while (wire_next(join->reply, &cursor, &key, &value)) {
 		if (strncmp(key, "set=", 4) == 0)
-			set_variable(spank, value);
+			set_variable(spank, value, 1);
+		else if (strncmp(key, "default=", 8) == 0)
+			set_variable(spank, value, 0);
 		else if (strncmp(key, "unset=", 6) == 0)
 			spank_unsetenv(spank, value);
 	}
