@@ -168,13 +168,11 @@ def nearest(key: str) -> str:
     for row in rows():
         parts = row.key.split(".")
         known.update({".".join(parts[:n]): None for n in range(1, len(parts) + 1)})
-    close = difflib.get_close_matches(key, known, 1, 0.6)
-    if close:
-        return close[0]
-    # Right name in the wrong section, or with the section forgotten.
+    # The right name in the wrong section, or with the section forgotten, else one that looks alike.
     last = key.rpartition(".")[2]
     same = [k for k in known if k.rpartition(".")[2] == last]
-    return same[0] if len(same) == 1 else ""
+    close = same if len(same) == 1 else difflib.get_close_matches(key, known, 1, 0.6)
+    return close[0] if close else ""
 
 
 # ---------------------------------------------------------------- values

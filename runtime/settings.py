@@ -191,7 +191,7 @@ class Devices:
 
     nodes: tuple[str, ...] = setting(
         (),
-        Several(Text(r"/dev/(?!.*(?:^|/)\.\.?(?:/|$))[^\s:,]+", "a path below /dev")),
+        Several(Text(r"/dev(?!.*/\.\.?(?:/|$))/[^\s:,]+", "a path below /dev")),
         "Device nodes that every container gets beside the usual ones, for example /dev/fuse or "
         "/dev/infiniband/uverbs0. Their owner and mode on the node still decide who may open them.",
     )

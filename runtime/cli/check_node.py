@@ -14,7 +14,7 @@ from pathlib import Path
 
 from enclos.runtime import config
 from enclos.runtime.cli import client
-from enclos.runtime.cli.finding import Finding, mend, note, ok
+from enclos.runtime.cli.finding import Finding, mend, note, ok, skipped
 from enclos.runtime.errors import EnclosError
 from enclos.runtime.settings import Config
 
@@ -67,6 +67,9 @@ def underlay_findings(settings: Config) -> Iterator[Finding]:
     wanted = settings.network.underlay
     try:
         found = underlay.find(node_name(), wanted.interface, wanted.name)
+    except PermissionError:
+        yield skipped("underlay", "needs root to test")
+        return
     except (NetworkFact, OSError) as error:
         text, hint = str(error), "set network.underlay in enclos.yaml, or mend /etc/hosts"
         needed = "job" in settings.step.networks

@@ -18,7 +18,7 @@ class Parser(argparse.ArgumentParser):
     """An argument parser whose errors are one line and a hint instead of the whole help."""
 
     def error(self, message: str) -> NoReturn:
-        raise errors.usage(self.prog, message)
+        raise errors.usage(self.prog.removeprefix("enclos").strip(), message)
 
 
 def add_json(parser: argparse.ArgumentParser) -> None:

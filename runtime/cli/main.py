@@ -12,7 +12,7 @@ import sys
 from collections.abc import Sequence
 from importlib import import_module
 
-from enclos.runtime.errors import EnclosError
+from enclos.runtime.errors import EnclosError, UsageError
 
 # verb: (module of this package, one line of help)
 VERBS: dict[str, tuple[str, str]] = {
@@ -54,7 +54,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         from enclos.runtime.cli import common
 
         common.report(error)
-        return EXIT_USAGE if error.subject.startswith("enclos") else EXIT_FAILED
+        return EXIT_USAGE if isinstance(error, UsageError) else EXIT_FAILED
     except BrokenPipeError:
         # The reader (head, less) has gone. Python would complain again when it flushes at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY | os.O_CLOEXEC), sys.stdout.fileno())
@@ -75,7 +75,7 @@ def _dispatch(given: list[str]) -> int:
     if given[0] not in VERBS:
         from enclos.runtime import errors
 
-        raise errors.usage("enclos", f"no such verb: {given[0]}")
+        raise errors.usage("", f"no such verb: {given[0]}")
     module = import_module(f"enclos.runtime.cli.{VERBS[given[0]][0]}")
     status = module.run(given[1:])
     sys.stdout.flush()

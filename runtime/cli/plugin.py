@@ -61,7 +61,7 @@ def built_for(path: Path) -> tuple[int, int, int] | None:
     data = path.read_bytes()
     try:
         value = _symbol_value(data, b"plugin_version")
-    except (struct.error, IndexError, ValueError):
+    except (struct.error, IndexError, OverflowError):  # offsets that lead out of the file
         return None
     return None if value is None else (value >> 16 & 0xFF, value >> 8 & 0xFF, value & 0xFF)
 

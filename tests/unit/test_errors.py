@@ -1,0 +1,175 @@
+"""Error texts: each equals its golden text and is explained in docs/errors.md.
+
+`UPDATE_GOLDEN=1 pytest tests/unit/test_errors.py` writes the golden file anew.
+"""
+
+from __future__ import annotations
+
+import errno
+import inspect
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from enclos.runtime import errors
+from hypothesis import given
+from hypothesis import strategies as st
+
+ROOT = Path(__file__).resolve().parents[2]
+GOLDEN = ROOT / "tests/golden/errors.txt"
+PAGE = ROOT / "docs/errors.md"
+
+IMAGE = "/images/mpi.sqsh"
+MOUNT = ("/scratch/in", "/in")
+CONF = "/etc/enclos/enclos.yaml"
+
+SAMPLES: dict[str, tuple[object, ...]] = {
+    "image_required": ("--container-network",),
+    "image_not_found": (IMAGE,),
+    "image_not_readable": (IMAGE,),
+    "image_wrong_kind": ("/dev/null",),
+    "not_squashfs": ("/images/notes.txt",),
+    "image_truncated": (IMAGE, 81920, 4096),
+    "image_damaged": (IMAGE, "input/output error"),
+    "image_untrusted": ("/home/usera/mine.sqsh",),
+    "bad_mount_syntax": ("/data:", "empty target"),
+    "mount_source_missing": MOUNT,
+    "mount_source_denied": MOUNT,
+    "mount_target_failed": (*MOUNT, errno.ENOTDIR),
+    "mounts_forbidden": ("/scratch",),
+    "not_a_device": ("/dev/fuse",),
+    "device_missing": ("/dev/fuse",),
+    "home_missing": ("/home/usera",),
+    "workdir_missing": ("/work",),
+    "rootfs_full": ("2G",),
+    "bad_option": ("workdir", "work", "it must be an absolute path"),
+    "given_twice": ("image",),
+    "readonly_and_writable": (),
+    "bad_request": ("stepd=x",),
+    "unknown_network": ("blue",),
+    "network_forbidden": ("none", ("host", "job")),
+    "vni_in_use": (43,),
+    "no_job_facts": (42,),
+    "not_in_nodelist": ("n012",),
+    "name_unknown": ("n013-ib",),
+    "underlay_not_found": ("ib0: no such interface",),
+    "network_failed": (errno.EOPNOTSUPP, "vxlan device of VNI 43"),
+    "relay_port_taken": ("127.0.0.1", 40961),
+    "agent_not_running": ("/run/enclos/agent.sock", errno.ECONNREFUSED),
+    "agent_silent": ("/run/enclos/user.sock", 5),
+    "bad_answer": ("its JSON cannot be read",),
+    "agent_restarted": (),
+    "disabled": (),
+    "root_step": (),
+    "userns_forbidden": ("user.max_user_namespaces is 0",),
+    "build_failed": ("mount the overlay", errno.EINVAL),
+    "builder_ended": ("enter the root file system", "killed by SIGKILL"),
+    "build_timed_out": (20, "open image /images/mpi.sqsh"),
+    "step_unknown": (42, 0),
+    "config_unreadable": (CONF, errno.EACCES),
+    "config_syntax": (CONF, 3, "mapping values are not allowed here"),
+    "config_unknown_key": (CONF, 3, "network.prot", "network.port"),
+    "config_duplicate_key": (CONF, 9, "network.port", 3),
+    "config_bad_value": (f"{CONF}:3", "network.port", "80", "expected a whole number from 1024 to 65535"),
+    "config_not_a_section": (CONF, 3, "network"),
+    "usage": ("ps", "unrecognized arguments: --all"),
+}
+
+
+def functions() -> list[str]:
+    """Names of all functions that word an error."""
+    return [
+        name
+        for name, function in inspect.getmembers(errors, inspect.isfunction)
+        if function.__module__ == errors.__name__ and function.__annotations__.get("return") == "EnclosError"
+    ]
+
+
+def sample(name: str) -> str:
+    """What a user sees of one error."""
+    error = getattr(errors, name)(*SAMPLES[name])
+    on_node = "" if name.startswith("config_") or name == "usage" else "n012"
+    return f"enclos: {error.line(on_node)}\n" + (f"hint: {error.hint}\n" if error.hint else "")
+
+
+def test_every_function_has_a_sample() -> None:
+    assert set(SAMPLES) == set(functions())
+
+
+def test_texts_are_the_golden_ones() -> None:
+    text = "\n".join(f"[{name}]\n{sample(name)}" for name in SAMPLES)
+    if os.environ.get("UPDATE_GOLDEN"):
+        GOLDEN.write_text(text)
+    assert text == GOLDEN.read_text()
+
+
+@pytest.mark.parametrize("name", SAMPLES)
+def test_the_page_explains_it(name: str) -> None:
+    """A section per error: marked with the function's name, with its text, and with words beside the text."""
+    match = re.search(rf"^<!-- {name} -->\n(.*?)(?=^<!-- |^# |\Z)", PAGE.read_text(), re.S | re.M)
+    assert match, f"docs/errors.md has no section <!-- {name} -->"
+    section = match[1]
+    assert section.startswith("## ")
+    assert f"```\n{sample(name)}```" in section
+    assert len(section.partition("```\n")[2].partition("```\n")[2].strip()) > 30
+
+
+def test_the_page_has_no_section_of_a_lost_error() -> None:
+    assert set(re.findall(r"^<!-- (\w+) -->$", PAGE.read_text(), re.M)) == set(SAMPLES)
+
+
+@pytest.mark.parametrize("name", SAMPLES)
+def test_form(name: str) -> None:
+    """One line, one hint, no full stop, no prefix of its own."""
+    error = getattr(errors, name)(*SAMPLES[name])
+    for text in (error.line(), error.hint):
+        assert text.isprintable()
+        assert not text.startswith("enclos:")
+        assert not text.endswith((".", " "))
+    assert error.hint
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("readonly_and_writable", "both --container-writable and --container-readonly were specified"),
+        ("bad_mount_syntax", "invalid format"),
+        ("given_twice", "specified multiple times"),
+        ("workdir_missing", "couldn't chdir"),
+        ("image_not_found", "not found"),
+    ],
+)
+def test_words_that_scripts_for_pyxis_look_for(name: str, words: str) -> None:
+    assert words in sample(name)
+
+
+@given(st.text())
+def test_nothing_typed_can_move_the_cursor_or_forge_a_line(text: str) -> None:
+    line = errors.image_not_found(text).line(text)
+    assert line.isprintable()
+    if text.isprintable():
+        assert text in line
+
+
+def test_printable_escapes() -> None:
+    assert errors.printable("a\x1b[2J\nb\udcff") == "a\\x1b[2J\\nb\\udcff"
+
+
+def test_misleading_errno_is_replaced() -> None:
+    assert errors.reason(errno.ENOSPC) != os.strerror(errno.ENOSPC).lower()
+    assert errors.reason(errno.EACCES) == "permission denied"
+
+
+@pytest.mark.skipif(
+    subprocess.run(["unshare", "-Ur", "true"], check=False, capture_output=True).returncode != 0,
+    reason="needs user namespaces",
+)
+def test_a_limit_of_user_namespaces_is_read_back() -> None:
+    """In a user namespace of its own, where the limit can be set by anybody."""
+    program = "from enclos.runtime import errors; print(errors.userns_forbidden('no space left').line())"
+    script = f'echo 0 > /proc/sys/user/max_user_namespaces; exec {sys.executable} -c "{program}"'
+    done = subprocess.run(["unshare", "-Ur", "sh", "-c", script], capture_output=True, text=True, check=True)
+    assert done.stdout == "cannot create a user namespace (user.max_user_namespaces is 0)\n"
