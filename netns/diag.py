@@ -50,17 +50,17 @@ def sockets(family: int, protocol: int, states: int) -> list[SocketFact]:
 def tcp_listeners() -> list[SocketFact]:
     """Listening TCP sockets of both families."""
     mask = 1 << TCP_LISTEN
-    return [
-        fact
-        for family in (socket.AF_INET, socket.AF_INET6)
-        for fact in sockets(family, socket.IPPROTO_TCP, mask)
-    ]
+    return [fact for family in (socket.AF_INET, socket.AF_INET6) for fact in sockets(family, socket.IPPROTO_TCP, mask)]
 
 
 def udp_port_owner(port: int) -> int:
-    """Uid of a user's socket with this local UDP port, or -1; the kernel's own sockets have no inode."""
-    for family in (socket.AF_INET, socket.AF_INET6):
-        for fact in sockets(family, socket.IPPROTO_UDP, ALL_STATES):
-            if fact.port == port and fact.inode:
-                return fact.uid
-    return -1
+    """Uid of the socket that has this local UDP port: a user's before root's, which may be the kernel's own
+    (its tunnels' sockets look like root's); -1 if there is none.
+    """
+    owners = [
+        fact.uid
+        for family in (socket.AF_INET, socket.AF_INET6)
+        for fact in sockets(family, socket.IPPROTO_UDP, ALL_STATES)
+        if fact.port == port
+    ]
+    return max(owners, default=-1)
