@@ -13,11 +13,12 @@ import os
 import time
 from typing import Any
 
-import enclos
 from enclos.runtime import errors, protocol, request
 from enclos.runtime.connection import Connection
-from enclos.runtime.jobs import JobFacts
+from enclos.runtime.controller import JobFacts
 from enclos.runtime.steps import JoinReply, NodeStep, Step, Surroundings
+
+import enclos
 
 log = logging.getLogger("enclosd")
 

@@ -1,7 +1,7 @@
 """One container in the making, seen from the agent: serves what its builder asks for, and holds what comes out.
 
-The agent writes the user namespace's maps and opens the namespaces by the builder's pid, checked by its pidfd. It mounts
-nothing itself and never waits for the builder without a deadline (steps.py sets it).
+The agent writes the user namespace's maps and opens the namespaces by the builder's pid, checked by its pidfd. It
+mounts nothing itself and never waits for the builder without a deadline (steps.py sets it).
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
+import time
 from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 
 from enclos.runtime import errors, linux
@@ -32,6 +33,7 @@ class Container:
         self.environment: list[str] = []
         self.warnings: list[str] = []
         self.timings: list[tuple[str, float]] = []
+        self.marks: list[tuple[str, float]] = []
 
     async def build(self, plan: Plan, network: Callable[[], Awaitable[list[int]]]) -> None:
         """Run the early plan: afterwards the namespaces exist, and the builder waits for the late plan.
@@ -51,6 +53,7 @@ class Container:
             os.close(plan_fd)
         while True:
             with await self._child.receive() as message:
+                self.marks.append((message.get("what") or message.get("state"), time.perf_counter()))
                 match message.get("state"), message.get("what"):
                     case "need", "net":
                         self._child.send([("state", "given")], await network())

@@ -17,7 +17,6 @@ import sys
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 
-import enclos
 from enclos.netns import facts, guard, underlay
 from enclos.runtime import adoption, config, errors, linux
 from enclos.runtime.agent import Agent
@@ -28,6 +27,8 @@ from enclos.runtime.journal import Journal
 from enclos.runtime.settings import Config
 from enclos.runtime.spawner import Spawner
 from enclos.runtime.steps import Surroundings
+
+import enclos
 
 log = logging.getLogger("enclosd")
 
@@ -54,7 +55,8 @@ def _arguments() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="enclosd", description="The agent of Enclos on a compute node.")
     parser.add_argument("--foreground", action="store_true", help="stay in the foreground (it always does)")
     parser.add_argument("--config", metavar="FILE", help="configuration (default: /etc/enclos/enclos.yaml)")
-    parser.add_argument("--node", metavar="NAME", default=node_name(), help="Slurm's name of this node (default: the host name)")
+    node_help = "Slurm's name of this node (default: the host name)"
+    parser.add_argument("--node", metavar="NAME", default=node_name(), help=node_help)
     parser.add_argument("--version", action="version", version=enclos.__version__)
     return parser
 
@@ -108,7 +110,7 @@ def _enter_own_mount_namespace() -> None:
 
 
 def _make_directories() -> tuple[str, str]:
-    """The places for image mounts, which no user may reach, and for the builders' stages, which each has for himself."""
+    """The places for image mounts, which no user may reach, and for the stages, of which each builder sees his own."""
     images, stage = f"{RUN_DIRECTORY}/images", f"{RUN_DIRECTORY}/stage"
     os.makedirs(images, 0o700, exist_ok=True)
     os.makedirs(stage, 0o755, exist_ok=True)

@@ -16,24 +16,15 @@ from typing import Any
 
 from enclos.netns import facts, guard, names, overlay, underlay
 from enclos.netns.spec import OverlaySpec, Peer
-from enclos.runtime import errors, etcfiles, hostlist
+from enclos.runtime import controller, errors, etcfiles, hostlist
+from enclos.runtime.controller import JobFacts
 from enclos.runtime.journal import Journal
 from enclos.runtime.settings import Config
 from enclos.runtime.spawner import ChildDied, Spawner
 
 log = logging.getLogger("enclosd")
 
-
-@dataclass(frozen=True, slots=True)
-class JobFacts:
-    """What the prolog was told by slurmctld; nothing in it comes from the user."""
-
-    job: int
-    uid: int
-    nodelist: str
-    account: str = ""
-    partition: str = ""
-    leader: int = 0
+PROLOG_SECONDS = 0.3
 
 
 @dataclass(slots=True)
@@ -86,20 +77,20 @@ class Jobs:
         self._guard = gate
         self._underlay = found
         self._jobs: dict[int, Job] = {}
+        self._expected: dict[int, asyncio.Event] = {}
 
     def learn(self, job_facts: JobFacts) -> None:
         """Take the facts of a job; a requeued or resized job replaces what was known, its network stays."""
         job = self._jobs.get(job_facts.job)
         if job is None:
             job = self._jobs[job_facts.job] = Job(job_facts)
+        if (expected := self._expected.get(job_facts.job)) is not None:
+            expected.set()
         job.facts = job_facts
         self._record(job, job.recorded)
 
     def get(self, job_id: int) -> Job | None:
         return self._jobs.get(job_id)
-
-    def __iter__(self) -> Any:
-        return iter(list(self._jobs.values()))
 
     def end(self, job_id: int) -> None:
         """Remove the job's network at once, and forget the job; an unknown job is fine."""
@@ -114,9 +105,7 @@ class Jobs:
         Raises:
             EnclosError: no_job_facts, not_in_nodelist, name_unknown, underlay_not_found, vni_in_use, network_failed.
         """
-        job = self._jobs.get(job_id)
-        if job is None:
-            raise errors.no_job_facts(job_id)
+        job = self._jobs.get(job_id) or await self._announced(job_id)
         async with job.making:
             if job.network is None:
                 job.network = await self._make_network(job)
@@ -124,6 +113,26 @@ class Jobs:
                 # Adopted from an agent before this one: the records leave out what can be computed again.
                 job.network = _network(job.network.netns_fd, await self._spec(job))
             return job.network
+
+    async def _announced(self, job_id: int) -> Job:
+        """Wait a moment for the prolog, then ask slurmctld.
+
+        With PrologFlags=NoHold the step may be here before its job is announced, or the prolog may be skipped.
+        """
+        announced = self._expected.setdefault(job_id, asyncio.Event())
+        try:
+            async with asyncio.timeout(PROLOG_SECONDS):
+                await announced.wait()
+        except TimeoutError:
+            log.warning("job=%d was not announced by a prolog; asking slurmctld", job_id)
+            if (job_facts := await controller.ask_job(job_id)) is not None:
+                self.learn(job_facts)
+        finally:
+            self._expected.pop(job_id, None)
+        job = self._jobs.get(job_id)
+        if job is None:
+            raise errors.no_job_facts(job_id)
+        return job
 
     async def _make_network(self, job: Job) -> JobNetwork:
         begin = time.perf_counter()
@@ -149,7 +158,8 @@ class Jobs:
         node_names = self._node_names(job.facts)
         settings = self._config.network
         addresses = await self._resolve(node_names, settings.underlay.name)
-        peers = tuple(Peer(i, name, address) for i, (name, address) in enumerate(zip(node_names, addresses, strict=True)))
+        nodes = enumerate(zip(node_names, addresses, strict=True))
+        peers = tuple(Peer(index, name, address) for index, (name, address) in nodes)
         return OverlaySpec(
             vni=names.job_vni(job.facts.job),
             port=settings.port,

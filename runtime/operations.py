@@ -168,7 +168,7 @@ class OpenImage:
         except squashfs.NotSquashfs as error:
             raise errors.not_squashfs(self.path) from error
         except squashfs.Truncated as error:
-            raise errors.image_truncated(self.path, error.expected, error.found) from error
+            raise errors.image_truncated(self.path, error.wanted_bytes, error.file_bytes) from error
 
     def _mount_squashfs(self, builder: Builder, fd: int, status: os.stat_result) -> None:
         """Show the image as the user's: on-disk owner 0 becomes the job's uid on this clone of the mount."""

@@ -168,6 +168,7 @@ class NodeStep(Step):
         self.network = ""
         self.addresses: tuple[str, str] = ("", "")
         self._begin = time.perf_counter()
+        self._marks: list[tuple[str, float]] = []
         self._decision: policy.Decision | None = None
         self.container: Container | None = None
         self._private_net_fd = -1
@@ -192,6 +193,7 @@ class NodeStep(Step):
             EnclosError: the reason why there is no container.
         """
         if self.ready is None:
+            self._mark("joined")
             self.ready = asyncio.create_task(self._finish())
         return await asyncio.shield(self.ready)
 
@@ -204,7 +206,8 @@ class NodeStep(Step):
         self.network = decision.network
         maps = container_maps(self.request.uid, self.request.gid, self.request.groups, decision.remap_root)
         if maps.dropped:
-            self._notices.append(f"{len(maps.dropped)} of your groups do not fit into the container's group map, ignoring")
+            count = len(maps.dropped)
+            self._notices.append(f"{count} of your groups do not fit into the container's group map, ignoring")
         network = asyncio.create_task(self._make_network(decision.network))
         try:
             node = plan.NodeFacts(self._around.stage, cgroup.step_cgroup(self.request.stepd), self._around.noop)
@@ -213,6 +216,7 @@ class NodeStep(Step):
             self._write_record()
             await self.container.build(early, lambda: self._network_descriptors(network))
             await network
+            self._mark("built")
         except BaseException:
             network.cancel()
             with contextlib.suppress(BaseException):
@@ -258,9 +262,9 @@ class NodeStep(Step):
             except (ChildDied, TimeoutError) as error:
                 self._early = None
                 self._abandon()
-                log.warning("step=%s builder %s (attempt %d)", self.name,
-                            "timed out" if isinstance(error, TimeoutError) else "died", attempt)  # fmt: skip
-                failure = errors.build_timed_out(deadline) if isinstance(error, TimeoutError) else errors.builder_ended("", "killed")
+                late = isinstance(error, TimeoutError)
+                failure = errors.build_timed_out(deadline) if late else errors.builder_ended("", "killed")
+                log.warning("step=%s builder %s (attempt %d)", self.name, "timed out" if late else "died", attempt)
             except errors.EnclosError as error:
                 self._abandon()
                 log.warning("step=%s uid=%d failed: %s", self.name, self.request.uid, error.line())
@@ -280,7 +284,8 @@ class NodeStep(Step):
         await self._start_relay()
         request = self.request
         step = f"{request.job}.{request.step}"
-        clones = clone_directories([f"{request.spool}/pmix.{step}", f"{request.tmpfs}/spmix_appdir_{request.uid}_{step}"])
+        directories = [f"{request.spool}/pmix.{step}", f"{request.tmpfs}/spmix_appdir_{request.uid}_{step}"]
+        clones = clone_directories(directories)
         try:
             await self.container.finish(plan.late(request, self._decision, list(clones)), clones)
         finally:
@@ -307,6 +312,7 @@ class NodeStep(Step):
             fds = [self.stepd_pidfd, *(listener.fileno() for listener in listeners)]
             uid = self._around.config.network.relay_uid
             self._relay = self._around.spawner.spawn("relay", [("uid", str(uid))], fds)
+        self._mark("relayed")
 
     def _make_reply(self) -> JoinReply:
         assert self.container is not None and self._decision is not None
@@ -339,7 +345,8 @@ class NodeStep(Step):
             fields.append(("default" if keeps else "set", f"{name}={value}"))
         if self._net_fd >= 0 and self.request.interface_variables:
             names = ["lo", *([self._around.config.network.ifname] if self.network == "job" else [])]
-            unset = environment.unset_interfaces(self.request.interface_variables, names, [a for a in self.addresses if a])
+            addresses = [address for address in self.addresses if address]
+            unset = environment.unset_interfaces(self.request.interface_variables, names, addresses)
             fields += [("unset", name) for name in unset.names]
             if unset.notice:
                 self._notices.append(unset.notice)
@@ -384,14 +391,20 @@ class NodeStep(Step):
         self.record["state"] = state
         self._write_record()
 
+    def _mark(self, name: str) -> None:
+        """Remember when this happened, in milliseconds since PREPARE."""
+        self._marks.append((name, (time.perf_counter() - self._begin) * 1e3))
+
     def _log_ready(self, attempt: int) -> None:
-        """The agent's line per step: the time of each operation, and of the whole since PREPARE."""
+        """The agent's line per step: when what happened, and the time of each operation in the builder, in ms."""
         assert self.container is not None
-        phases = " ".join(f"{name}={ms:.2f}" for name, ms in _summed(self.container.timings))
-        total = (time.perf_counter() - self._begin) * 1e3
-        log.info("step=%s uid=%d image=%s network=%s tasks=%d attempt=%d ready in %.1f ms: %s", self.name,
-                 self.request.uid, errors.printable(self.request.image), self.network, self.request.tasks, attempt,
-                 total, phases)  # fmt: skip
+        self._mark("ready")
+        asked = [(name, (at - self._begin) * 1e3) for name, at in self.container.marks]
+        marks = " ".join(f"{name}@{ms:.1f}" for name, ms in sorted([*self._marks, *asked], key=lambda mark: mark[1]))
+        operations = " ".join(f"{name}={ms:.2f}" for name, ms in _summed(self.container.timings))
+        image = errors.printable(self.request.image)
+        log.info("step=%s uid=%d image=%s network=%s tasks=%d attempt=%d %s: %s", self.name, self.request.uid, image,
+                 self.network, self.request.tasks, attempt, marks, operations)  # fmt: skip
 
 
 def _record(request: StepRequest) -> dict[str, Any]:
@@ -425,7 +438,7 @@ def _matches(pattern: str, name: str) -> bool:
 
 
 def start_time(pid: int) -> int:
-    """Start time of a process in clock ticks since boot (proc_pid_stat(5), field 22); with the pid it names one process.
+    """Start time of a process in clock ticks since boot (proc_pid_stat(5), field 22); pid and it name one process.
 
     Raises:
         FileNotFoundError: there is no such process.

@@ -6,7 +6,8 @@ import socket
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from enclos.runtime import builder, relays, sweep
+# operations: a plan is made of them, and a builder that had to import them would spend 20 ms on it.
+from enclos.runtime import builder, operations, relays, sweep
 from enclos.runtime.protocol import Message
 
 
@@ -21,6 +22,8 @@ class Task:
     run: Callable[[socket.socket, Message], int]
     dies_with_zygote: bool
 
+
+PRELOADED = (operations,)
 
 TASKS = {
     task.name: task

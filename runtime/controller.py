@@ -1,0 +1,68 @@
+"""Asks slurmctld about a job, where the prolog has not told: a fallback, off the usual launch path.
+
+Slurm may skip a prolog: with PrologFlags=Alloc,NoHold, slurmd 22.05 does so when the step's credential overtakes the
+prolog's request (seen in about one of forty launches). Runs in the agent; starts `squeue`, which costs milliseconds.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import dataclass
+
+SQUEUE_SECONDS = 10.0
+# Only fields that no user can write into: a job's name could hold anything.
+FORMAT = "%A|%U|%N|%P|%a"
+
+
+@dataclass(frozen=True, slots=True)
+class JobFacts:
+    """What slurmctld says of a job; nothing in it comes from the user."""
+
+    job: int
+    uid: int
+    nodelist: str
+    account: str = ""
+    partition: str = ""
+    leader: int = 0
+
+
+async def ask_job(job_id: int) -> JobFacts | None:
+    """The facts of one job; None where slurmctld does not answer or does not know it."""
+    jobs = await _squeue("--states=all", f"--jobs={job_id}")
+    return next((job for job in jobs or [] if job.job == job_id), None)
+
+
+async def ask_node(node: str) -> set[int] | None:
+    """The ids of all jobs that slurmctld believes to be on a node; None where it does not answer."""
+    jobs = await _squeue("--states=configuring,running,suspended,completing,stopped", f"--nodelist={node}")
+    return None if jobs is None else {job.job for job in jobs}
+
+
+async def _squeue(*arguments: str) -> list[JobFacts] | None:
+    command = ("squeue", "--noheader", "--local", f"--format={FORMAT}", *arguments)
+    try:
+        process = await asyncio.create_subprocess_exec(
+            *command, stdin=asyncio.subprocess.DEVNULL, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.DEVNULL
+        )
+    except OSError:
+        return None
+    try:
+        async with asyncio.timeout(SQUEUE_SECONDS):
+            output, _ = await process.communicate()
+    except TimeoutError:
+        process.kill()
+        await process.wait()
+        return None
+    if process.returncode != 0:
+        return None
+    return parse(output.decode("utf-8", "surrogateescape"))
+
+
+def parse(output: str) -> list[JobFacts]:
+    """Lines of `squeue` in our format; those without a node list (pending jobs) are left out."""
+    jobs = []
+    for line in output.splitlines():
+        fields = line.strip().split("|")
+        if len(fields) == 5 and fields[0].isdigit() and fields[1].isdigit() and fields[2]:
+            jobs.append(JobFacts(int(fields[0]), int(fields[1]), fields[2], fields[4], fields[3]))
+    return jobs
