@@ -15,7 +15,7 @@ from enclos.runtime.cli import client, common
 from enclos.runtime.request import BATCH_STEP, INTERACTIVE_STEP
 
 _STEP_NAMES = {BATCH_STEP: "batch", INTERACTIVE_STEP: "interactive"}
-HEAD = ("STEP", "USER", "NETWORK", "ADDRESS", "TASKS", "TIME", "IMAGE")
+HEAD = ("STEP", "USER", "STATE", "NETWORK", "ADDRESS", "TASKS", "TIME", "IMAGE")
 
 
 def run(arguments: list[str]) -> int:
@@ -44,8 +44,9 @@ def line(container: Mapping[str, Any], now: float) -> tuple[str, ...]:
     return (
         step_name(int(container.get("job", 0)), int(container.get("step", 0))),
         user_name(int(container["uid"])) if "uid" in container else "-",
+        cell("state"),
         cell("network"),
-        cell("address"),
+        cell("ipv4") if container.get("ipv4") else cell("ipv6"),
         cell("tasks"),
         duration(now - float(started)) if started else "-",
         cell("image"),

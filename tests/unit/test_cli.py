@@ -52,12 +52,13 @@ CONTAINERS = [
         "step": 0,
         "uid": 0,
         "network": "job",
-        "address": "10.77.0.2",
+        "state": "running",
+        "ipv4": "10.77.0.2",
         "tasks": 2,
         "started": 1000.0,
         "image": "/i",
     },
-    {"job": 8, "step": 4294967291, "uid": 4000000000, "network": "host", "image": "/new\nline"},
+    {"job": 8, "step": 4294967291, "uid": 4000000000, "network": "host", "ipv4": "", "image": "/new\nline"},
 ]
 
 
@@ -69,8 +70,8 @@ def test_ps_prints_a_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caps
     assert requests == [{"version": ["1"], "verb": ["ps"]}]
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].split() == list(ps.HEAD)
-    assert re.fullmatch(r"7\.0 +root +job +10\.77\.0\.2 +2 +[0-9-]+:[0-9:]+ +/i", lines[1])
-    assert re.fullmatch(r"8\.batch +4000000000 +host +- +- +- +/new\\nline", lines[2])
+    assert re.fullmatch(r"7\.0 +root +running +job +10\.77\.0\.2 +2 +[0-9-]+:[0-9:]+ +/i", lines[1])
+    assert re.fullmatch(r"8\.batch +4000000000 +- +host +- +- +- +/new\\nline", lines[2])
     assert len(lines) == 3
 
 
