@@ -45,6 +45,7 @@ class Builder:
     groups: tuple[int, ...]
     user_name: str = ""
     group_names: list[tuple[str, int]] = field(default_factory=list)
+    image_is_directory: bool = False
     texts: dict[str, bytes] = field(default_factory=dict)
     fds: dict[str, int] = field(default_factory=dict)
     results: list[tuple[str, str]] = field(default_factory=list)

@@ -139,6 +139,7 @@ class OpenImage:
             if stat.S_ISREG(status.st_mode):
                 self._check(fd)
         if stat.S_ISDIR(status.st_mode):
+            builder.image_is_directory = True
             builder.keep("lower", linux.clone_tree("", fd, recursive=True))
             linux.set_attributes(
                 builder.fds["lower"], MOUNT_ATTR_NOSUID | MOUNT_ATTR_NODEV, propagation=MS_SLAVE, recursive=True
@@ -381,6 +382,7 @@ class EnterRoot:
 
     stage: str
     tmpfs_size: str
+    targets: tuple[str, ...] = ()
 
     def describe(self) -> str:
         return f"overlay a tmpfs of {self.tmpfs_size} over the image and enter it"
@@ -392,6 +394,8 @@ class EnterRoot:
             os.mkdir(name, 0o755, dir_fd=upper_fd)
         linux.move_mount(upper_fd, linux.AT_FDCWD, self.stage)
         linux.move_mount(builder.fds["lower"], linux.AT_FDCWD, f"{self.stage}/lower")
+        if builder.image_is_directory:
+            self._shadow_parents(builder.fds["lower"])
         layers = [(f"{layer}dir", f"{self.stage}/{layer}") for layer in ("lower", "upper", "work")]
         root_fd = linux.mount_filesystem("overlay", (*layers, ("userxattr", None)), attributes)
         linux.move_mount(root_fd, linux.AT_FDCWD, f"{self.stage}/root")
@@ -399,6 +403,15 @@ class EnterRoot:
         builder.drop("lower")
         os.close(upper_fd)
         builder.keep("root", root_fd)
+
+    def _shadow_parents(self, lower_fd: int) -> None:
+        """The files of a squashfs image are shown as the user's; those of a directory stay whose they are."""
+        layer_fd = os.open(f"{self.stage}/upper", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            for target in self.targets:
+                rootfs.shadow_parents(lower_fd, layer_fd, target)
+        finally:
+            os.close(layer_fd)
 
 
 @dataclass(frozen=True, slots=True)
@@ -482,9 +495,10 @@ class WriteAccounts:
         root_fd = builder.fds["root"]
         uid, gid = (0, 0) if self.remap_root else (builder.uid, builder.gid)
         name = "root" if self.remap_root else builder.user_name
+        names = [("root", 0), *builder.group_names] if self.remap_root else builder.group_names
         users = etcfiles.passwd(rootfs.read_file(root_fd, "/etc/passwd"), name, uid, gid, self.home, "/bin/sh")
         _replace(builder, "/etc/passwd", users)
-        _replace(builder, "/etc/group", etcfiles.group(rootfs.read_file(root_fd, "/etc/group"), builder.group_names))
+        _replace(builder, "/etc/group", etcfiles.group(rootfs.read_file(root_fd, "/etc/group"), names))
 
 
 @dataclass(frozen=True, slots=True)

@@ -30,6 +30,7 @@ from enclos.runtime.settings import Config
 SAFE = MOUNT_ATTR_NOSUID | MOUNT_ATTR_NODEV
 KERNEL_FS = SAFE | MOUNT_ATTR_NOEXEC
 STANDARD_NODES = ("/dev/null", "/dev/zero", "/dev/full", "/dev/random", "/dev/urandom", "/dev/tty")
+FIXED_TARGETS = ("/proc", "/sys", "/dev", "/etc/passwd", "/tmp")
 MOUNT_FLAGS = {
     "noexec": MOUNT_ATTR_NOEXEC,
     "noatime": MOUNT_ATTR_NOATIME,
@@ -91,7 +92,8 @@ def _early(
     yield op.BecomeUser()
     yield op.EnterUserNamespace(maps.uid_map, maps.gid_map)
     yield op.EnterNamespaces()
-    yield op.EnterRoot(node.stage, config.rootfs.tmpfs_size)
+    targets = (*FIXED_TARGETS, f"{home}/", *slurm_directories(request), *(mount.target for mount in mounts))
+    yield op.EnterRoot(node.stage, config.rootfs.tmpfs_size, (*targets, request.taskprolog))
     yield op.Attach("proc", "/proc")
     yield op.Attach("sys", "/sys")
     if node.step_cgroup:
@@ -130,6 +132,12 @@ def late(request: StepRequest, decision: Decision, directories: Sequence[str]) -
     if not decision.writable:
         steps.append(op.SealRoot())
     return Plan(request.uid, request.gid, request.groups, tuple(steps))
+
+
+def slurm_directories(request: StepRequest) -> tuple[str, str]:
+    """Where Slurm's PMIx plugin puts its files, if it is used: its server's directory, and the clients' one."""
+    step = f"{request.job}.{request.step}"
+    return f"{request.spool}/pmix.{step}", f"{request.tmpfs}/spmix_appdir_{request.uid}_{step}"
 
 
 def home_directory(request: StepRequest, decision: Decision) -> str:

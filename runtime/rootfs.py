@@ -108,3 +108,47 @@ def replace_file(root_fd: int, path: str, content: bytes) -> bool:
             return False
         raise
     return True
+
+
+def shadow_parents(lower_fd: int, upper_fd: int, target: str) -> None:
+    """Give the user directories of his own in the overlay's upper layer, above a target to be made or replaced.
+
+    In an image that is a directory of somebody else's the user could make no mount point. A directory that exists
+    in both layers is merged, and has the upper one's owner. Must run before the overlay is mounted.
+
+    Args:
+        lower_fd: root of the lower layer, attached to the mount namespace.
+        upper_fd: the upper layer's directory.
+        target: path inside the image, symlinks and all.
+    """
+    parts = [part for part in os.path.dirname(target).split("/") if part]
+    for depth in range(1, len(parts) + 1):
+        try:
+            found_fd = open_inside(lower_fd, "/".join(parts[:depth]), os.O_PATH | os.O_DIRECTORY)
+        except OSError:
+            return  # What is missing is made later, below a directory that is now the user's.
+        try:
+            path, mode = _path_below(lower_fd, found_fd), stat.S_IMODE(os.fstat(found_fd).st_mode)
+        finally:
+            os.close(found_fd)
+        _copy_directories(upper_fd, path, mode)
+
+
+def _path_below(root_fd: int, fd: int) -> str:
+    """The path of an open directory relative to another that holds it, without symlinks."""
+    root, path = os.readlink(f"/proc/self/fd/{root_fd}"), os.readlink(f"/proc/self/fd/{fd}")
+    return os.path.relpath(path, root)
+
+
+def _copy_directories(upper_fd: int, path: str, mode: int) -> None:
+    """mkdir -p in the upper layer; only the last directory gets the mode, the others have theirs already."""
+    if path == ".":
+        return
+    try:
+        os.mkdir(path, 0o755, dir_fd=upper_fd)
+        os.chmod(path, mode | 0o700, dir_fd=upper_fd)
+    except FileNotFoundError:
+        _copy_directories(upper_fd, os.path.dirname(path) or ".", 0o755)
+        os.mkdir(path, mode | 0o700, dir_fd=upper_fd)
+    except FileExistsError:
+        return

@@ -283,9 +283,7 @@ class NodeStep(Step):
         assert self.container is not None and self._decision is not None
         await self._start_relay()
         request = self.request
-        step = f"{request.job}.{request.step}"
-        directories = [f"{request.spool}/pmix.{step}", f"{request.tmpfs}/spmix_appdir_{request.uid}_{step}"]
-        clones = clone_directories(directories)
+        clones = clone_directories(plan.slurm_directories(request))
         try:
             await self.container.finish(plan.late(request, self._decision, list(clones)), clones)
         finally:
