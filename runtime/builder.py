@@ -12,13 +12,13 @@ Packets on the channel, all in the encoding of `protocol`:
 
 from __future__ import annotations
 
+import contextlib
 import os
 import pickle
 import signal
 import socket
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -77,20 +77,29 @@ class Builder:
 
     def need(self, what: str, *fields: tuple[str, str], fds: Sequence[int] = ()) -> protocol.Message:
         """Ask the agent for something and wait for its answer."""
-        protocol.send(self.channel, [("state", "need"), ("what", what), *fields], fds)
+        self._send([("state", "need"), ("what", what), *fields], fds)
         return self._answer()
 
     def give(self, what: str, fd: int, *fields: tuple[str, str]) -> None:
         """Hand the agent a copy of a descriptor that it keeps for others."""
-        protocol.send(self.channel, [("state", "give"), ("what", what), *fields], [fd])
+        self._send([("state", "give"), ("what", what), *fields], [fd])
+
+    def _send(self, fields: protocol.Fields, fds: Sequence[int] = ()) -> None:
+        try:
+            protocol.send(self.channel, fields, fds)
+        except ConnectionError as error:
+            raise AgentGone from error
 
     def _answer(self) -> protocol.Message:
-        message = protocol.receive(self.channel)
+        try:
+            message = protocol.receive(self.channel)
+        except ConnectionError as error:
+            raise AgentGone from error
         if message is None:
             raise AgentGone
         return message
 
-    @contextmanager
+    @contextlib.contextmanager
     def as_user(self) -> Iterator[None]:
         """Look up paths as the user: file system ids and groups of the user, and no effective capability.
 
@@ -122,7 +131,7 @@ class Builder:
 
     def _report(self, state: str) -> None:
         timings = [("timing", f"{name} {ms:.3f}") for name, ms in self.timings]
-        protocol.send(self.channel, [("state", state), *self.results, *timings])
+        self._send([("state", state), *self.results, *timings])
         self.timings.clear()
         self.results.clear()
 
@@ -180,6 +189,7 @@ def build(channel: socket.socket, request: protocol.Message) -> int:
         return 1
     except errors.EnclosError as error:
         failure = [("subject", error.subject), ("what", error.what), ("cause", error.cause), ("hint", error.hint)]
-        protocol.send(channel, [("state", "error"), *failure])
+        with contextlib.suppress(ConnectionError):
+            protocol.send(channel, [("state", "error"), *failure])
         return 1
     return 0

@@ -7,6 +7,7 @@ prolog's request (seen in about one of forty launches). Runs in the agent; start
 from __future__ import annotations
 
 import asyncio
+from asyncio.subprocess import DEVNULL, PIPE
 from dataclasses import dataclass
 
 SQUEUE_SECONDS = 10.0
@@ -41,9 +42,7 @@ async def ask_node(node: str) -> set[int] | None:
 async def _squeue(*arguments: str) -> list[JobFacts] | None:
     command = ("squeue", "--noheader", "--local", f"--format={FORMAT}", *arguments)
     try:
-        process = await asyncio.create_subprocess_exec(
-            *command, stdin=asyncio.subprocess.DEVNULL, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.DEVNULL
-        )
+        process = await asyncio.create_subprocess_exec(*command, stdin=DEVNULL, stdout=PIPE, stderr=DEVNULL)
     except OSError:
         return None
     try:

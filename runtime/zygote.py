@@ -38,44 +38,40 @@ def main() -> None:
 
 
 def _spawn(control: socket.socket, message: protocol.Message) -> None:
-    """Fork the child for one request, and tell the agent its pid on the child's own channel."""
+    """Fork the child for one request."""
     task = TASKS[message.get("task")]
     channel_fd, *fds = message.take_fds()
     message.fds = fds
+    zygote_pid = os.getpid()
     try:
-        pid = os.fork()
-        if pid == 0:
-            _child(control, task, channel_fd, message)
-        with socket.socket(fileno=os.dup(channel_fd)) as channel:
-            _announce(channel, pid)
+        if os.fork() == 0:
+            _child(control, task, channel_fd, message, zygote_pid)
     finally:
         os.close(channel_fd)
 
 
-def _announce(channel: socket.socket, pid: int) -> None:
-    try:
-        pidfd = os.pidfd_open(pid)
-    except ProcessLookupError:
-        return  # It has ended already: the agent sees the end of the channel.
-    try:
-        protocol.send(channel, [("state", "started"), ("pid", str(pid))], [pidfd])
-    except OSError:
-        pass  # The agent is gone.
-    finally:
-        os.close(pidfd)
+def _announce(channel: socket.socket) -> None:
+    """The first packet on the channel: the agent needs the pidfd before anything that the task asks of it."""
+    pid = os.getpid()
+    pidfd = os.pidfd_open(pid)
+    protocol.send(channel, [("state", "started"), ("pid", str(pid))], [pidfd])
+    os.close(pidfd)
 
 
-def _child(control: socket.socket, task: Task, channel_fd: int, request: protocol.Message) -> None:
+def _child(control: socket.socket, task: Task, channel_fd: int, request: protocol.Message, zygote_pid: int) -> None:
     """Run one task in the fork and end without returning, whatever happens."""
     status = 1
     try:
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         if task.dies_with_zygote:
             linux.set_parent_death_signal(signal.SIGKILL)
+            if os.getppid() != zygote_pid:
+                return  # The zygote died before the signal was set.
         linux.close_other_descriptors([0, 1, 2, channel_fd, *request.fds])
         control.detach()
         linux.set_name(f"enclos-{task.name}")
         with socket.socket(fileno=channel_fd) as channel:
+            _announce(channel)
             status = task.run(channel, request)
     except BaseException as error:
         _report(task, error)
@@ -89,7 +85,6 @@ def _report(task: Task, error: BaseException) -> None:
 
     sys.stderr.write(f"enclos-{task.name}: unexpected {type(error).__name__}\n")
     traceback.print_exception(error)
-
 
 
 if __name__ == "__main__":
