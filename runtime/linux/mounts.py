@@ -3,8 +3,12 @@
 Needs CAP_SYS_ADMIN in the user namespace that owns the mount namespace. Knows nothing of containers:
 what is mounted where, and in which order, is plan.py's.
 
-Every descriptor that is returned is close-on-exec and the caller's to close. A mount that is attached
-nowhere ends with the last descriptor to it.
+Every descriptor that is returned is close-on-exec and the caller's to close. It is an O_PATH one: good as
+a dir_fd, not for listing or fchmod. A mount that is attached nowhere ends with the last descriptor to it.
+
+What a user's namespace gets from the node has to be cloned *after* unshare(CLONE_NEWUSER) and
+unshare(CLONE_NEWNS): the copies there are locked. A tree that was cloned before and moved in is not, and
+the user, who owns the namespace, can make it writable again and unmount what covers files in it.
 """
 
 import errno
@@ -36,9 +40,7 @@ MESSAGE_BYTES = 4096
 MESSAGES = 16
 
 
-def mount_filesystem(
-    fstype: str, options: Sequence[tuple[str, str | int | None]] = (), attributes: int = 0
-) -> int:
+def mount_filesystem(fstype: str, options: Sequence[tuple[str, str | int | None]] = (), attributes: int = 0) -> int:
     """Mount a new file system, attached nowhere yet.
 
     Args:
@@ -125,8 +127,8 @@ def set_attributes(
     Args:
         set, clear: MOUNT_ATTR_*.
         propagation: one of MS_PRIVATE, MS_SLAVE, MS_SHARED, MS_UNBINDABLE, or 0 to leave it.
-        userns_fd: show the files' owners through this user namespace's maps. Only for a mount that was
-            never attached, and only where the caller has CAP_SYS_ADMIN over the file system itself.
+        userns_fd: show the files' owners through this user namespace's maps. Only for a mount that is
+            attached nowhere (else EPERM), and by who has CAP_SYS_ADMIN over the file system itself.
         path: relative to fd; "" is the mount that fd is.
     """
     flags = (0 if path else AT_EMPTY_PATH) | (AT_RECURSIVE if recursive else 0)
