@@ -83,6 +83,10 @@ class Batch:
     def __len__(self) -> int:
         return len(self._messages)
 
+    def requests(self) -> Sequence[bytes]:
+        """Every request as it was added, not numbered."""
+        return tuple(self._messages)
+
     def add(self, request: bytes, what: str) -> None:
         """One more request, about `what`."""
         self._labels.append((len(self._messages), what, ()))

@@ -69,6 +69,9 @@ def new_namespace() -> tuple[int, Netlink]:
         try:
             for name, value in SYSCTLS.items():
                 write_sysctl(name, value)
+            if has_ipv6():
+                # Booted with ipv6.disable_ipv6=1, every new namespace starts without.
+                write_sysctl("ipv6/conf/all/disable_ipv6", "0")
             return netns_fd, Netlink()
         except BaseException:
             os.close(netns_fd)

@@ -45,7 +45,8 @@ SO_RCVBUFFORCE = 33
 BUFFER_BYTES = 8 << 20
 """A packet may not be larger than the send buffer; errors of a whole packet must fit the receive buffer."""
 PACKET_BYTES = 128 << 10
-RECEIVE_BYTES = 1 << 18
+RECEIVE_BYTES = 1 << 16
+"""The kernel fills at most 32 KB of a dump's packet; a larger buffer would be mapped anew each time."""
 ERROR_CODE = Struct("=i")
 PATIENCE = Struct("ll").pack(10, 0)
 DUMP_ATTEMPTS = 5

@@ -80,6 +80,8 @@ def neighbours(
 def overlay_routes(batch: Batch, spec: OverlaySpec, index: int, with_ipv6: bool) -> None:
     """Blocks that hold the nodes of the network and nobody else. Our own address is in one too: the local
     table comes first, and without the hole there are fewer blocks."""
+    if len(spec.peers) < 2:
+        return
     plan = spec.plan
     last = spec.peers[-1].index
     source = plan.ipv4_int(spec.index).to_bytes(4, "big")

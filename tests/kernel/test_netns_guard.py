@@ -90,7 +90,10 @@ def test_a_user_of_a_peer_cannot_send_into_the_tunnel(nodes: list[Node], uid: in
 @pytest.mark.parametrize("own", ["127.0.0.1", "127.9.9.9", "192.0.2.2"])
 def test_a_user_cannot_send_to_a_tenant_of_the_same_node(nodes: list[Node], uid: int, own: str) -> None:
     with program(nodes[1], VNI) as target:
-        attack = lambda: send_as(uid, nodes[1].fd, own, FORGERY.payload())  # noqa: E731
+
+        def attack() -> int:
+            return send_as(uid, nodes[1].fd, own, FORGERY.payload())
+
         assert counted(nodes[1], attack) == {"out_user": 1} and not arrived(target)
         # And without the rule on the way out, the one on the way in.
         nodes[1].run("nft flush chain inet enclos output")
@@ -114,7 +117,10 @@ def test_a_raw_socket_is_a_users_socket(nodes: list[Node]) -> None:
 
 def test_a_stranger_is_dropped_even_as_root(nodes: list[Node]) -> None:
     with program(nodes[1], VNI) as target:
-        attack = lambda: send_as(0, nodes[2].fd, nodes[1].ipv4, FORGERY.payload())  # noqa: E731
+
+        def attack() -> int:
+            return send_as(0, nodes[2].fd, nodes[1].ipv4, FORGERY.payload())
+
         assert counted(nodes[1], attack) == {"in_stranger": 1} and not arrived(target)
         without_guard(nodes[1])
         attack()
@@ -166,7 +172,10 @@ def test_packets_that_are_only_passing_are_dropped(nodes: list[Node]) -> None:
     nodes[1].run("sysctl -qw net.ipv4.ip_forward=1")
     nodes[2].run("ip route add 198.51.100.0/24 via 192.0.2.2")
     nodes[1].run("ip route add 198.51.100.0/24 via 192.0.2.1")
-    attack = lambda: send_as(0, nodes[2].fd, "198.51.100.9", FORGERY.payload())  # noqa: E731
+
+    def attack() -> int:
+        return send_as(0, nodes[2].fd, "198.51.100.9", FORGERY.payload())
+
     assert counted(nodes[1], attack) == {"forward": 1}
 
 
@@ -188,7 +197,10 @@ def ipv6(source: str, target: str, following: int, data: bytes) -> bytes:
 def fragments(source: str, target: str, datagram: bytes, cut: int) -> list[bytes]:
     """The datagram behind an empty options header, in two parts; the first has `cut` bytes."""
     whole = struct.pack(">BB", 17, 0) + b"\x01\x04\0\0\0\0" + datagram
-    head = lambda offset, more: struct.pack(">BBHI", 60, 0, offset | more, 0xE0C105 + cut)  # noqa: E731
+
+    def head(offset: int, more: int) -> bytes:
+        return struct.pack(">BBHI", 60, 0, offset | more, 0xE0C105 + cut)
+
     return [
         ipv6(source, target, 44, head(0, 1) + whole[:cut]),
         ipv6(source, target, 44, head(cut, 0) + whole[cut:]),

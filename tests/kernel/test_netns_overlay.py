@@ -149,16 +149,15 @@ def test_addresses_of_nobody_are_unreachable_at_once(nodes: list[Node]) -> None:
 
 
 def test_services_below_1024_and_ping_need_no_privilege(nodes: list[Node]) -> None:
-    for make in (lambda: overlay.create_private(), lambda: _joined(nodes)):
-        fd = make()
+    join(VNI, nodes)
+    private = overlay.create_private()
+    for fd in (private, nodes[0].networks[VNI]):
         assert run(fd, "cat /proc/sys/net/ipv4/ip_unprivileged_port_start").strip() == "0"
         assert run(fd, "cat /proc/sys/net/ipv4/ping_group_range").split() == ["0", "2147483647"]
+        for device in ("all", "default", "lo"):
+            assert run(fd, f"cat /proc/sys/net/ipv6/conf/{device}/disable_ipv6").strip() == "0"
         assert ping(fd, "127.0.0.1") and ping(fd, "::1")
-
-
-def _joined(nodes: list[Node]) -> int:
-    join(VNI, nodes)
-    return nodes[0].networks[VNI]
+    os.close(private)
 
 
 def test_private_namespace_has_only_a_loopback() -> None:
