@@ -128,7 +128,8 @@ def set_attributes(
         set, clear: MOUNT_ATTR_*.
         propagation: one of MS_PRIVATE, MS_SLAVE, MS_SHARED, MS_UNBINDABLE, or 0 to leave it.
         userns_fd: show the files' owners through this user namespace's maps. Only for a mount that is
-            attached nowhere (else EPERM), and by who has CAP_SYS_ADMIN over the file system itself.
+            attached nowhere (else EINVAL) and has no idmap yet (else EPERM); needs CAP_SYS_ADMIN over the
+            file system itself.
         path: relative to fd; "" is the mount that fd is.
     """
     flags = (0 if path else AT_EMPTY_PATH) | (AT_RECURSIVE if recursive else 0)

@@ -46,7 +46,7 @@ def make_image(folder: Path) -> Path:
     (tree / "bin/setuid").chmod(0o4755)
     (tree / "etc/lower/file").write_text("of the image\n")
     target = folder / "image.sqsh"
-    command = ["mksquashfs", tree, target, "-all-root", "-noappend", "-quiet", "-no-progress"]
+    command = ["mksquashfs", str(tree), str(target), "-all-root", "-noappend", "-quiet", "-no-progress"]
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
     return target
 
