@@ -36,7 +36,7 @@ def header_values(names: set[str], headers: list[str], folder: Path) -> dict[str
         lines += ["#endif"] * guard
     source = folder / "constants.c"
     source.write_text("\n".join([*lines, "return 0;", "}"]))
-    command = ["cc", "-o", folder / "constants", source]
+    command = ["cc", "-o", str(folder / "constants"), str(source)]
     compiled = subprocess.run(command, capture_output=True, text=True, check=False)
     if compiled.returncode:
         pytest.fail(compiled.stderr)

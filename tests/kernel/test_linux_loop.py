@@ -18,7 +18,7 @@ def image(tmp_path: Path) -> Path:
     (tmp_path / "tree").mkdir()
     (tmp_path / "tree/file").write_text("of the image")
     target = tmp_path / "image.sqsh"
-    command = ["mksquashfs", tmp_path / "tree", target, "-all-root", "-quiet", "-no-progress"]
+    command = ["mksquashfs", str(tmp_path / "tree"), str(target), "-all-root", "-quiet", "-no-progress"]
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
     return target
 
@@ -72,7 +72,7 @@ def test_not_a_file() -> None:
     os.close(directory_fd)
 
 
-def _attach_many(path: str, start: "multiprocessing.synchronize.Barrier") -> list[str]:  # type: ignore[name-defined]
+def _attach_many(path: str, start: "multiprocessing.synchronize.Barrier") -> list[str]:
     start.wait(10)
     held = [attach(Path(path)) for _ in range(4)]
     names = [device for _, device in held]

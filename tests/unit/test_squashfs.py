@@ -16,8 +16,8 @@ def image(tmp_path_factory: pytest.TempPathFactory) -> Path:
     target = folder / "image.sqsh"
     command = [
         "mksquashfs",
-        folder / "tree",
-        target,
+        str(folder / "tree"),
+        str(target),
         "-quiet",
         "-no-progress",
         "-comp",
