@@ -212,17 +212,18 @@ class _Relay:
                     self._poll.unregister(fd)
 
     def _accept(self, listener: socket.socket, address: Target) -> None:
+        # The way out comes first: a client that is taken can be served.
+        try:
+            target = socket.socket(listener.family, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
+        except OSError:
+            self._exhausted = True
+            return
         try:
             client, _ = listener.accept()
         except OSError as error:
             # Out of files or memory: asking again at once would spin. Otherwise the client has gone away.
             self._exhausted = error.errno not in (errno.EAGAIN, errno.ECONNABORTED)
-            return
-        try:
-            target = socket.socket(listener.family, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
-        except OSError:
-            client.close()
-            self._exhausted = True
+            target.close()
             return
         client.setblocking(False)
         for sock in (client, target):
@@ -260,7 +261,7 @@ class _Relay:
                 end.hung_up = end.hung_up or bool(events & select.EPOLLHUP)
                 if events & select.EPOLLOUT:
                     self._flush(end.other)
-                if events & select.EPOLLIN and not end.pending:
+                if events & select.EPOLLIN:
                     self._read(end)
         except OSError:
             self._close(connection, reset=True)

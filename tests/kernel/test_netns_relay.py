@@ -195,6 +195,28 @@ def test_a_reader_that_does_not_read_stops_the_writer_and_costs_nothing() -> Non
         server.close()
 
 
+def test_both_ends_closed_with_data_on_the_way() -> None:
+    """Its socket to the client has hung up for good while what came from it cannot be delivered yet."""
+    with staged() as stage:
+        client, server = stage.pair()
+        client.settimeout(0.5)
+        sent = 0
+        with pytest.raises(TimeoutError):
+            while True:
+                sent += client.send(bytes(MEGABYTE))
+        client.shutdown(socket.SHUT_WR)
+        server.shutdown(socket.SHUT_WR)
+        before, received = stage.cpu_ticks(), 0
+        while data := server.recv(MEGABYTE // 4):
+            received += len(data)
+            time.sleep(0.03)
+        assert received == sent
+        assert stage.cpu_ticks() - before < 15
+        client.close()
+        server.close()
+        assert wait_until(lambda: stage.sockets() == 1)
+
+
 def test_reset_is_passed_on() -> None:
     with staged() as stage:
         for near, far in (stage.pair(), stage.pair()[::-1]):
@@ -238,16 +260,20 @@ def test_more_connections_than_the_limit_wait_their_turn() -> None:
             server.close()
 
 
-def test_descriptors_that_run_out_do_not_make_it_spin() -> None:
+@pytest.mark.parametrize("spare", [0, 1], ids=["none", "one"])
+def test_descriptors_that_run_out_do_not_make_it_spin_or_drop(spare: int) -> None:
     with staged() as stage:
-        used = len(os.listdir(f"/proc/{stage.pid}/fd"))
-        resource.prlimit(stage.pid, resource.RLIMIT_NOFILE, (used, 4096))
+        first = stage.pair()  # it runs, and has set its own limit
+        numbers = {int(name) for name in os.listdir(f"/proc/{stage.pid}/fd")}
+        lowest = min(set(range(1000)) - numbers)
+        resource.prlimit(stage.pid, resource.RLIMIT_NOFILE, (lowest + spare, 4096))
         client = stage.connect()
         assert stage.idle()
         resource.prlimit(stage.pid, resource.RLIMIT_NOFILE, (4096, 4096))
         client.sendall(b"late")
         server, _ = stage.server.accept()
         assert server.recv(10) == b"late"
+        assert first[0].fileno() >= 0
 
 
 def test_idle_relay_sleeps_and_ends_with_slurmstepd_and_open_connections() -> None:
