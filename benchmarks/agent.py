@@ -1,0 +1,242 @@
+"""The agent's memory after 1, 100 and 1,000 steps, its descriptors, and how often it wakes up while idle. Needs root.
+
+    sudo .venv/bin/python -m benchmarks.agent [--steps N] [--quick] [--json]
+
+One node. Most steps are steps of one job, several at a time; every twentieth is a job of its own. They take turns with
+the job's network and the node's. Figures are taken when the agent has no step left. A wake-up is a context switch
+of the agent or its zygote, of any thread, as the kernel counts them; where strace is there, it counts system calls too.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from shutil import which
+
+from benchmarks import command, machine
+from benchmarks.result import Chart, Claim, Result, Table
+from benchmarks.stopwatch import Stopwatch
+from benchmarks.trial import CONTAINER, IMAGE_PROGRAM, USER, trial
+from enclos.runtime.cluster.cluster import Cluster
+
+NAME = "agent"
+TITLE = "memory, descriptors and wake-ups of the agent"
+CLUSTER = "bench-agent"
+NODE = "n1"
+CPUS = 8
+STEPS, QUICK_STEPS = 1000, 100
+AT_ONCE = 4
+JOB_EVERY = 20
+IDLE_SECONDS, QUICK_IDLE_SECONDS = 20.0, 5.0
+LIMIT_KB = 40 * 1024
+SLACK_KB = 128
+"""What counts as no growth: Python's allocator takes memory in arenas, and may need one more at any time."""
+SETTLE_SECONDS = 30.0
+
+
+@dataclass(frozen=True, slots=True)
+class Footprint:
+    """What a process holds, in kB; `pss` shares common pages among their users. And how many descriptors."""
+
+    rss: int
+    anonymous: int
+    pss: int
+    descriptors: int
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """Agent and zygote after so many steps."""
+
+    steps: int
+    agent: Footprint
+    zygote: Footprint
+    mounts: int
+
+
+def footprint(pid: int) -> Footprint:
+    """Read /proc/PID; `pss` is 0 where the kernel has no smaps_rollup."""
+    status = machine.status_kb(Path(f"/proc/{pid}/status").read_text())
+    rollup = Path(f"/proc/{pid}/smaps_rollup")
+    pss = machine.status_kb(rollup.read_text()).get("Pss", 0) if rollup.exists() else 0
+    return Footprint(status["VmRSS"], status["RssAnon"], pss, len(os.listdir(f"/proc/{pid}/fd")))
+
+
+def children(pid: int) -> list[int]:
+    """Pids of the children of all threads of a process."""
+    found: list[int] = []
+    for task in Path(f"/proc/{pid}/task").iterdir():
+        found += [int(child) for child in (task / "children").read_text().split()]
+    return found
+
+
+def switches(pid: int) -> int:
+    """Context switches of all threads of a process since its start, voluntary or not: each ends a time it ran."""
+    total = 0
+    for task in Path(f"/proc/{pid}/task").iterdir():
+        for row in (task / "status").read_text().splitlines():
+            name, _, value = row.partition(":")
+            if name.endswith("voluntary_ctxt_switches"):
+                total += int(value)
+    return total
+
+
+def settle(cluster: Cluster) -> None:
+    """Wait until the agent has no step any more, and no child but the zygote.
+
+    Raises:
+        TimeoutError: something stays.
+    """
+    agent = cluster.agent_pid(NODE)
+    journal = cluster.path_on(NODE, "/run/enclos/journal")
+    deadline = time.monotonic() + SETTLE_SECONDS
+    while any(journal.iterdir()) or any(children(child) for child in children(agent)):
+        if time.monotonic() > deadline:
+            left = sorted(path.name for path in journal.iterdir())
+            raise TimeoutError(f"the agent still has {left or 'children'} after {SETTLE_SECONDS:g} s")
+        time.sleep(0.05)
+
+
+def take(cluster: Cluster, steps: int) -> Sample:
+    """A sample of the idle agent."""
+    settle(cluster)
+    agent = cluster.agent_pid(NODE)
+    (zygote,) = children(agent)
+    mounts = len(Path(f"/proc/{agent}/mountinfo").read_text().splitlines())
+    return Sample(steps, footprint(agent), footprint(zygote), mounts)
+
+
+def srun(number: int) -> list[str]:
+    """One step; the two networks take turns."""
+    network = "job" if number % 2 else "host"
+    words = ["srun", "-N1", "-n1", "--mem=0", *CONTAINER, f"--container-network={network}", IMAGE_PROGRAM]
+    return words if number % JOB_EVERY == 0 else [*words[:3], "--exact", "--cpus-per-task=1", *words[3:]]
+
+
+def run_steps(cluster: Cluster, first: int, last: int) -> None:
+    """Steps number first to last, the jobs of their own between the parts of one long job."""
+    numbers = range(first, last + 1)
+    inside = [srun(number) for number in numbers if number % JOB_EVERY]
+    alone = [srun(number) for number in numbers if number % JOB_EVERY == 0]
+    with Stopwatch(cluster, USER, ("salloc", "--quiet", "-N1", "-n4")) as watch:
+        for group in groups(inside, AT_ONCE):
+            watch.run(group)
+    with Stopwatch(cluster, USER) as watch:
+        for words in alone:
+            watch.time(words)
+
+
+def groups(commands: Sequence[list[str]], size: int) -> Iterator[Sequence[list[str]]]:
+    """Cut into groups of at most `size`."""
+    for start in range(0, len(commands), size):
+        yield commands[start : start + size]
+
+
+def stations(steps: int) -> list[int]:
+    """After how many steps a sample is taken: 1, then tenths of the way, among them the 100th of 1,000."""
+    return sorted({0, 1, *(max(1, steps * tenth // 10) for tenth in range(1, 11))})
+
+
+def idle(cluster: Cluster, seconds: float) -> dict[str, int]:
+    """Context switches of agent and zygote while nothing asks them for anything."""
+    agent = cluster.agent_pid(NODE)
+    pids = {"agent": agent, "zygote": children(agent)[0]}
+    before = {name: switches(pid) for name, pid in pids.items()}
+    time.sleep(seconds)
+    return {name: switches(pid) - before[name] for name, pid in pids.items()}
+
+
+def idle_calls(cluster: Cluster, seconds: float) -> list[str] | None:
+    """System calls of the idle agent and zygote, as strace shows them; None where there is no strace.
+
+    The calls that they were waiting in when strace came are no wake-ups: strace shows them as begun.
+    """
+    if which("strace") is None:
+        return None
+    agent = cluster.agent_pid(NODE)
+    words = ["timeout", "-s", "INT", f"{seconds:g}", "strace", "-f", "-q", "-p", str(agent), "-p", str(children(agent)[0])]
+    done = subprocess.run(words, capture_output=True, text=True, check=False)
+    return [row for row in done.stderr.splitlines() if not waits(row)]
+
+
+def waits(row: str) -> bool:
+    """Is this strace's row of a call that had begun before and has not returned, or strace's own word?"""
+    return row.startswith("strace:") or "<detached ...>" in row or row.rstrip().endswith("<unfinished ...>")
+
+
+def run(steps: int = 0, quick: bool = False) -> Result:
+    """Steps on a fresh cluster, then the idle time."""
+    steps = steps or (QUICK_STEPS if quick else STEPS)
+    seconds = QUICK_IDLE_SECONDS if quick else IDLE_SECONDS
+    result = Result(NAME, TITLE, machine=machine.describe())
+    with trial(CLUSTER, 1, CPUS) as cluster:
+        samples, done = [], 0
+        for station in stations(steps):
+            if station > done:
+                run_steps(cluster, done + 1, station)
+            done = station
+            samples.append(take(cluster, done))
+        woken = idle(cluster, seconds)
+        calls = idle_calls(cluster, seconds / 4)
+    _report_memory(result, samples)
+    _report_idle(result, woken, calls, seconds)
+    result.machine["load average after"] = machine.load()
+    return result
+
+
+def _report_memory(result: Result, samples: Sequence[Sample]) -> None:
+    headings = ("steps", "RSS kB", "RssAnon kB", "PSS kB", "fds", "mounts", "zygote RSS", "zygote PSS", "zygote fds")
+    rows = []
+    for one in samples:
+        agent, zygote = one.agent, one.zygote
+        values = (agent.rss, agent.anonymous, agent.pss, agent.descriptors, one.mounts)
+        rows.append((str(one.steps), *map(str, values), *map(str, (zygote.rss, zygote.pss, zygote.descriptors))))
+    result.tables.append(Table("the agent, idle after so many steps", headings, tuple(rows)))
+    first, last = samples[1], samples[-1]
+    settled = next(one for one in samples if one.steps >= min(100, last.steps // 10))
+    size = last.agent.rss
+    text = f"at most {LIMIT_KB // 1024} MB resident after {last.steps} steps"
+    result.claims.append(Claim(text, f"{size / 1024:.1f} MB", size <= LIMIT_KB))
+    grown = last.agent.anonymous - settled.agent.anonymous
+    text = f"no growth from step {settled.steps} to step {last.steps} (up to {SLACK_KB} kB)"
+    result.claims.append(Claim(text, f"{grown:+d} kB of anonymous memory", grown <= SLACK_KB))
+    kept = last.agent.descriptors == first.agent.descriptors and last.mounts == first.mounts
+    text = f"as many descriptors and mounts after {last.steps} steps as after the first"
+    then, now = (f"{one.agent.descriptors} and {one.mounts}" for one in (first, last))
+    result.claims.append(Claim(text, f"{now}, before {then}", kept))
+    lines = {
+        "agent, resident": [(one.steps, one.agent.rss / 1024) for one in samples],
+        "agent, anonymous": [(one.steps, one.agent.anonymous / 1024) for one in samples],
+        "zygote, resident": [(one.steps, one.zygote.rss / 1024) for one in samples],
+    }
+    result.charts.append(Chart("line", "memory", "memory over steps", "MiB", lines))
+    result.data["samples"] = [asdict(one) for one in samples]
+
+
+def _report_idle(result: Result, woken: dict[str, int], calls: Sequence[str] | None, seconds: float) -> None:
+    times = ", ".join(f"{name} {count}" for name, count in woken.items())
+    text = f"no wake-up in {seconds:g} s without work"
+    result.claims.append(Claim(text, f"context switches: {times}", not any(woken.values())))
+    if calls is not None:
+        shown = "; ".join(calls[:3])
+        text = f"no system call in {seconds / 4:g} s without work (strace)"
+        result.claims.append(Claim(text, f"{len(calls)} {shown}".strip(), not calls))
+    result.data["idle"] = {"seconds": seconds, "switches": woken, "calls": calls}
+
+
+def main() -> int:
+    """0 if all claims are kept, else 1."""
+    parser = command.parser(__doc__)
+    parser.add_argument("--steps", type=int, default=0, help=f"how many steps to run (default: {STEPS})")
+    options = parser.parse_args()
+    command.need_root()
+    return command.finish(run(options.steps, options.quick), options)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
