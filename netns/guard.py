@@ -96,15 +96,24 @@ class Guard:
         A table that somebody has just taken away is brought back here already.
 
         Raises:
-            KernelRefused, RulesRefused: the elements are remembered, but not in the kernel.
+            KernelRefused: ENFILE if a set is full.
+            RulesRefused: the table was gone, and nft does not load it.
         """
         with Netlink() as nl:
             own = {entry.address for entry in get_addresses(nl)}
         packed = [pack_address(address) for address in addresses]
         keys = [nftables.element(vni, address) for address in packed if address not in own]
-        self._remembered().update(keys)
-        if not keys:
-            return
+        known = self._remembered()
+        added = set(keys) - known
+        known |= added
+        try:
+            if keys:
+                self._add(keys)
+        except BaseException:
+            known -= added
+            raise
+
+    def _add(self, keys: Sequence[bytes]) -> None:
         try:
             self._session.transact(nftables.element_batch(nftables.NFT_MSG_NEWSETELEM, keys))
         except KernelRefused as refused:

@@ -68,6 +68,9 @@ NFGENMSG = Struct("=BBH")
 NUMBER_BE = Struct(">I")
 ELEMENTS_PER_MESSAGE = 1000
 """An attribute holds at most 65,535 bytes; an IPv6 element takes 32."""
+ELEMENTS = 1 << 17
+"""Per set; more is ENFILE. With a size the kernel takes a hash table that never grows (2 MB each): a dump of
+one that is just growing leaves elements out, without a word, and we compare dumps with what we know."""
 COUNTERS = ("out_user", "in_holder", "in_fragment", "in_interface", "in_own", "in_stranger", "forward")
 
 RULESET = """\
@@ -78,9 +81,11 @@ table inet {table} {{
 {counters}
 \tset peers4 {{
 \t\ttypeof @th,96,32 . ip saddr
+\t\tsize {size}
 {elements4}\t}}
 \tset peers6 {{
 \t\ttypeof @th,96,32 . ip6 saddr
+\t\tsize {size}
 {elements6}\t}}
 \tchain output {{
 \t\ttype filter hook output priority filter; policy accept;
@@ -132,6 +137,7 @@ def ruleset(port: int, underlay_ifname: str, ipv6: bool, elements: Iterable[byte
         counters="\n".join(f"\tcounter {name} {{\n\t}}" for name in COUNTERS),
         elements4=_elements_text(by_length[8]),
         elements6=_elements_text(by_length[20]),
+        size=ELEMENTS,
         port=port,
         holder=HOLDER_PREFIX,
         fragments=FRAGMENTS if ipv6 else "",

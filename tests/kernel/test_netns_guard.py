@@ -383,7 +383,20 @@ def test_many_elements_in_one_transaction(nodes: list[Node]) -> None:
         assert guard.handle_event() and len(guard.elements()) == 20_001
         nodes[0].run("nft delete element inet enclos peers4 { 0x700 . 10.0.0.7 }")
         guard.evict(7, many)
+        assert guard.intact()
         assert guard.elements() == {(VNI, socket.inet_aton(nodes[1].ipv4))}
+
+
+def test_a_full_set_is_refused_and_forgotten(nodes: list[Node], monkeypatch: pytest.MonkeyPatch) -> None:
+    guard = nodes[0].guard
+    assert guard
+    monkeypatch.setattr("enclos.netns.nftables.ELEMENTS", 20)
+    with namespace.inside(nodes[0].fd):
+        guard.ensure()
+        with pytest.raises(KernelRefused) as caught:
+            guard.admit(7, [f"10.0.0.{i}" for i in range(1, 30)])
+        assert (caught.value.errno, caught.value.object) == (errno.ENFILE, "guard set peers4")
+        assert guard.intact() and guard.elements() == {(VNI, socket.inet_aton(nodes[1].ipv4))}
 
 
 def test_the_listed_table_can_be_loaded_again(nodes: list[Node]) -> None:
