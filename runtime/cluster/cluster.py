@@ -1,6 +1,7 @@
 """A trial cluster as one object: bring it up, run commands on it, take it down.
 
-The order of events is `Cluster.up`; what each step does is in nodes.py, daemons.py, slurm.py and users.py. Runs as root.
+The order of events is `Cluster.up`; what each step does is in nodes.py, daemons.py, slurm.py and users.py. Runs as
+root.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import os
 import shutil
 import signal
 import subprocess
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -17,7 +19,7 @@ from pathlib import Path
 
 from enclos.runtime.cluster import daemons, nodes, slurm, users
 from enclos.runtime.cluster.layout import DEFAULT_NAME, SUBMIT, Layout, Record, base, node_names, shim_path
-from enclos.runtime.cluster.processes import Process, pids
+from enclos.runtime.cluster.processes import Process, pids_in
 
 
 class ClusterError(RuntimeError):
@@ -173,6 +175,21 @@ class Cluster:
     def _states(self) -> list[str]:
         return self.run(["sinfo", "-h", "-N", "-o", "%T"], timeout=20).stdout.split()
 
+    def await_idle(self, timeout: float = 30) -> None:
+        """Wait until no job runs or completes.
+
+        Slurm starts nothing on a node where a job is completing: a step right after another on all nodes is told to
+        wait ("queued and waiting for resources").
+
+        Raises:
+            TimeoutError: a job is still there.
+        """
+        deadline = time.monotonic() + timeout
+        while left := self.run(["squeue", "-h", "-o", "%A %t"], timeout=20).stdout:
+            if time.monotonic() > deadline:
+                raise TimeoutError(f"jobs still there after {timeout:g} s: {left.strip()}")
+            time.sleep(0.02)
+
     # -- daemons ------------------------------------------------------------------------------------------
 
     def _keep(self, key: str, process: Process) -> Process:
@@ -271,8 +288,6 @@ class Cluster:
 
     def processes(self, node: str | None = None) -> list[int]:
         """Pids of a node's processes, those in containers included: none of them can leave the pid namespace."""
-        from enclos.runtime.cluster.processes import pids_in
-
         return sorted(set(pids_in(self.namespaces(node)["pid"])) - {self.node_pid(node)})
 
     def host_pid(self, node: str | None, pid: int) -> int:
@@ -328,8 +343,8 @@ class Cluster:
             try:
                 out, err = running.communicate(input, timeout)
             except subprocess.TimeoutExpired:
+                # Not communicate() again: an orphan of the command may hold the pipes open.
                 running.kill()
-                running.communicate()
                 raise
             return subprocess.CompletedProcess(words, running.returncode, out, err)
 
@@ -426,13 +441,3 @@ def _remove(layout: Layout) -> None:
 def clusters() -> list[str]:
     """The names of all clusters that have a state directory."""
     return sorted(entry.name for entry in base().iterdir()) if base().is_dir() else []
-
-
-def processes_left(namespace: str) -> list[int]:
-    """Processes that still are in a pid namespace that should be gone."""
-    found = []
-    for pid in pids():
-        with suppress(FileNotFoundError, ProcessLookupError, PermissionError):
-            if os.readlink(f"/proc/{pid}/ns/pid") == namespace:
-                found.append(pid)
-    return found

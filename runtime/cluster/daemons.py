@@ -43,14 +43,12 @@ def start(machine: Process, command: Sequence[str], log: Path, extra: Mapping[st
     """
     reader, writer = os.pipe()
     proc = os.open("/proc", os.O_PATH | os.O_DIRECTORY)
-    # The shell in the background tells its pid as the host sees it, then becomes the daemon. dash has told it to
-    # ignore SIGINT and SIGQUIT, as for any background job; a daemon wants them back.
+    # The shell in the background tells its pid as the host sees it, then becomes the daemon. dash has told it
+    # to ignore SIGINT and SIGQUIT, as for any background job; a daemon wants them back.
     daemon = shlex.join(["setsid", "env", "--default-signal=INT,QUIT", *command])
-    told = f"read -r stat < /proc/self/fd/{proc}/self/stat; echo \"$stat\" >&{writer}"
+    told = f'read -r stat < /proc/self/fd/{proc}/self/stat; echo "$stat" >&{writer}'
     log_word = shlex.quote(str(log))
-    script = (
-        f"({told}; exec {writer}>&- {proc}<&- < /dev/null >> {log_word} 2>&1; exec {daemon}) &"
-    )
+    script = f"({told}; exec {writer}>&- {proc}<&- < /dev/null >> {log_word} 2>&1; exec {daemon}) &"
     environment = {**root_environment(), **(extra or {})}
     command_line = [*enter_command(machine), "bash", "-c", script]
     done = subprocess.run(

@@ -19,7 +19,9 @@ next:
 
 def parser() -> argparse.ArgumentParser:
     """The command line, with one subcommand per verb."""
-    top = argparse.ArgumentParser(prog="enclos-cluster", description="A real Slurm cluster on this machine, to try Enclos.")
+    top = argparse.ArgumentParser(
+        prog="enclos-cluster", description="A real Slurm cluster on this machine, to try Enclos."
+    )
     verbs = top.add_subparsers(dest="verb", required=True)
     common = argparse.ArgumentParser(add_help=False)
     common.add_argument("--name", default=DEFAULT_NAME, help="which cluster (default: %(default)s)")

@@ -27,9 +27,9 @@ NAMESPACES = ("--mount", "--net", "--uts", "--ipc", "--pid")
 READY_FD = 8
 PROC_FD = 9
 
-# The first process of a machine. It must end the orphans of its pid namespace: with SIGCHLD ignored the kernel does
-# that by itself, so a plain `sleep` is enough. Nothing that only the host's /proc shows can be read later, so it tells
-# its own pid first, through a descriptor of the host's /proc.
+# The first process of a machine. It must end the orphans of its pid namespace: with SIGCHLD ignored the
+# kernel does that by itself, so a plain `sleep` is enough. Nothing that only the host's /proc shows can be
+# read later, so it tells its own pid first, through a descriptor of the host's /proc.
 PROLOGUE = f"""\
 set -eu
 read -r stat < /proc/self/fd/{PROC_FD}/self/stat
@@ -42,8 +42,9 @@ exec {READY_FD}>&- {PROC_FD}<&- < /dev/null > /dev/null 2>&1
 exec env -i --ignore-signal=CHLD {COOKIE}="$cookie" sleep infinity
 """
 
-# A root file system of the cluster's own, made of the machine's. Top-level folders are the machine's, except those
-# that a cluster changes: /etc is a copy, /home has the users' homes added, /run, /tmp and /dev/shm are empty.
+# A root file system of the cluster's own, made of the machine's. Top-level folders are the machine's, except
+# those that a cluster changes: /etc is a copy, /home has the users' homes added, /run, /tmp and /dev/shm are
+# empty.
 CONTROL_ROOT = """\
 mount -t tmpfs -o mode=755,size=64m enclos-root "$state/root"
 cd "$state/root"
@@ -81,8 +82,8 @@ cd /
 umount -l /
 """
 
-# What every machine has for itself. A sysfs mounted in the network namespace shows that namespace's devices, but hides
-# /sys/fs/cgroup, without which slurmd does not start: that one is carried over.
+# What every machine has for itself. A sysfs mounted in the network namespace shows that namespace's devices,
+# but hides /sys/fs/cgroup, without which slurmd does not start: that one is carried over.
 OWN_MOUNTS = """\
 mount -t tmpfs -o mode=1777,nosuid,nodev tmpfs /tmp
 mount -t tmpfs -o mode=755,nosuid,nodev tmpfs /run
@@ -151,7 +152,8 @@ def start_nodes(layout: Layout, control: Process, names: Sequence[str]) -> list[
     commands = []
     for name in names:
         script = _script(layout, name, OWN_MOUNTS, NODE_NAME)
-        # The unshare in between ends at once; the node's first process then belongs to the submit host's first one.
+        # The unshare in between ends at once; the node's first process then belongs to the submit host's
+        # first one.
         inner = shlex.join(["unshare", *NAMESPACES, "--fork", "sh", "-c", script])
         commands.append([*enter_command(control), "sh", "-c", f"{inner} & wait $!"])
     return _start_inits(commands)

@@ -95,11 +95,13 @@ def pids() -> Iterator[int]:
 
 
 def pids_in(namespace: str, kind: str = "pid") -> list[int]:
-    """Processes whose namespace of this kind is `namespace` (as /proc/PID/ns/KIND reads)."""
+    """Processes whose namespace of this kind is `namespace` (as /proc/PID/ns/KIND reads), zombies left out."""
     found = []
     for pid in pids():
         with suppress(FileNotFoundError, ProcessLookupError, PermissionError):
-            if os.readlink(f"/proc/{pid}/ns/{kind}") == namespace:
+            process = Process.of_pid(pid)
+            inside = os.readlink(f"/proc/{pid}/ns/{kind}") == namespace
+            if inside and process is not None and process.is_alive():
                 found.append(pid)
     return found
 

@@ -71,8 +71,8 @@ def slurm_conf(layout: Layout, settings: SlurmSettings) -> str:
         "JobCompType": "jobcomp/none",
         "JobSubmitPlugins": "lua",
         "MpiDefault": "none",
-        # The prolog gets the job's node list from slurmctld only with Alloc. Without NoHold srun asks whether the
-        # prolog is over a moment too early, then sleeps 100 ms; with it slurmd holds the step instead.
+        # The prolog gets the job's node list from slurmctld only with Alloc. Without NoHold srun asks whether
+        # the prolog is over a moment too early, then sleeps 100 ms; with it slurmd holds the step instead.
         "PrologFlags": "Alloc,NoHold",
         "SelectType": "select/cons_tres",
         "SelectTypeParameters": "CR_CPU",

@@ -1,0 +1,131 @@
+"""What all tests on a real Slurm share: one cluster for the session, its images, and a count of what is left behind.
+
+A test that stops daemons, fills nodes or needs other settings makes a cluster of its own with `make_cluster`.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+from collections.abc import Callable, Iterator
+from typing import Protocol
+
+import pytest
+from enclos.runtime.cluster import image as images
+from enclos.runtime.cluster.cluster import Cluster
+from enclos.runtime.cluster.leftovers import Snapshot, await_same, snapshot
+
+Result = subprocess.CompletedProcess[str]
+
+
+class Run(Protocol):
+    """Cluster.run with the user filled in."""
+
+    def __call__(self, words: str | list[str], node: str | None = None, *, timeout: float = 60) -> Result: ...
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Every test below this folder needs the cluster."""
+    for item in items:
+        if "tests/cluster" in item.path.as_posix():
+            item.add_marker(pytest.mark.cluster)
+
+
+@pytest.fixture(scope="session")
+def make_cluster() -> Iterator[Callable[..., Cluster]]:
+    """Make clusters of a test's own; they are taken down at the end of the session, or earlier by the test."""
+    if os.geteuid() != 0:
+        pytest.skip("needs root")
+    made: list[str] = []
+
+    def make(nodes: int = 2, **options: str | int) -> Cluster:
+        name = f"test-{os.getpid()}-{len(made)}"
+        made.append(name)
+        return Cluster.up(name, nodes, **options)  # type: ignore[arg-type]
+
+    yield make
+    for name in made:
+        Cluster.remove(name)
+
+
+@pytest.fixture(scope="session")
+def cluster(make_cluster: Callable[..., Cluster]) -> Cluster:
+    """Four nodes for the whole session."""
+    return make_cluster(4)
+
+
+@pytest.fixture(scope="session")
+def image(cluster: Cluster) -> str:
+    """Path, on every machine of the cluster, of the squashfs image with the OpenMPI program `ring`; root's file."""
+    images.install(cluster.layout.images)
+    return "/images/openmpi.sqsh"
+
+
+@pytest.fixture(scope="session")
+def image_directory(image: str) -> str:
+    """The same image as a folder."""
+    return image.removesuffix(".sqsh")
+
+
+@pytest.fixture(scope="session")
+def mpich_image(cluster: Cluster) -> str:
+    """The image with the MPICH program `ring`.
+
+    One rank a node: with more, MPICH 4.0 over UCX often hangs in MPI_Finalize, also outside containers.
+    """
+    images.install(cluster.layout.images, "mpich")
+    return "/images/mpich.sqsh"
+
+
+def _run_as(cluster: Cluster, user: str) -> Run:
+    def run(words: str | list[str], node: str | None = None, *, timeout: float = 60) -> Result:
+        return cluster.run(words, user=user, node=node, timeout=timeout)
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def usera(cluster: Cluster) -> Run:
+    """Run something as usera: on the submit host, or on a node."""
+    return _run_as(cluster, "usera")
+
+
+@pytest.fixture(scope="session")
+def userb(cluster: Cluster) -> Run:
+    """Run something as userb, who is in another Slurm account."""
+    return _run_as(cluster, "userb")
+
+
+@pytest.fixture
+def idle(cluster: Cluster) -> Cluster:
+    """The cluster with no job running or completing, so that a step on all nodes starts at once."""
+    cluster.await_idle()
+    return cluster
+
+
+class Leftovers:
+    """Compare what exists on the nodes now with what was there when this was made."""
+
+    def __init__(self, cluster: Cluster) -> None:
+        self.cluster = cluster
+        self.before: Snapshot = snapshot(cluster)
+
+    def rows(self, timeout: float = 10) -> list[str]:
+        """What came or went, waiting up to `timeout` seconds for all to be as before."""
+        return await_same(self.cluster, self.before, timeout)
+
+
+@pytest.fixture
+def leftovers(idle: Cluster, image: str) -> Leftovers:
+    """A count taken now, with the image in use before: an image stays mounted for a while by design."""
+    warm = idle.run(["srun", f"-N{len(idle.nodes)}", f"--container-image={image}", "true"], timeout=60)
+    if warm.returncode != 0:
+        pytest.fail(f"cannot run in a container: {warm.stderr}")
+    idle.await_idle()
+    return Leftovers(idle)
+
+
+def said(text: str) -> list[str]:
+    """The lines that a user has to read: without srun's notices that a job waits for another to complete."""
+    notices = ("queued and waiting for resources", "has been allocated resources")
+    return [line for line in text.splitlines() if not line.endswith(notices)]
