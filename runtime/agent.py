@@ -59,7 +59,7 @@ class Agent:
                 case "job":
                     self._learn(message)
                 case "end":
-                    self.around.jobs.end(message.number("job"))
+                    await self.around.jobs.end(message.number("job"))
                 case "prepare":
                     self._prepare(message)
                     return [], []
@@ -103,7 +103,7 @@ class Agent:
         step = self._steps.get((wanted.job, wanted.step))
         if step is None:
             step = self._step(wanted)
-        return await step.join()
+        return await step.join(wanted)
 
     def _step(self, wanted: request.StepRequest) -> Step:
         """Register a step, its life tied to its slurmstepd.
@@ -139,11 +139,11 @@ class Agent:
         _, uid, _ = connection.peer()
         while (message := await connection.receive()) is not None:
             with message:
-                reply = self._answer_user(message, uid)
+                reply = await self._answer_user(message, uid)
             if not connection.send([("version", str(protocol.VERSION)), *reply]):
                 return
 
-    def _answer_user(self, message: protocol.Message, uid: int) -> list[tuple[str, str]]:
+    async def _answer_user(self, message: protocol.Message, uid: int) -> list[tuple[str, str]]:
         try:
             _check_version(message)
             match message.get("verb"):
@@ -151,6 +151,10 @@ class Agent:
                     return [("status", "ok"), ("json", json.dumps(self.list_steps(uid)))]
                 case "status":
                     return [("status", "ok"), ("json", json.dumps(self._describe()))]
+                case "gc" if uid == 0:
+                    return [("status", "ok"), ("json", json.dumps(await self.reconcile()))]
+                case "gc":
+                    raise errors.only_root("gc")
                 case verb:
                     raise errors.bad_request(f"verb={verb[:32]}")
         except errors.EnclosError as error:
@@ -160,6 +164,10 @@ class Agent:
         """The containers that this user may know of: his own; root sees all."""
         steps = (step for step in self._steps.values() if uid in (0, step.uid))
         return [step.describe() for step in steps]
+
+    async def reconcile(self) -> list[int]:
+        """Undo what jobs left whose epilog this agent missed; returns their ids."""
+        return await self.around.jobs.reconcile({job for job, _ in self._steps})
 
     def _describe(self) -> dict[str, Any]:
         return {

@@ -13,6 +13,7 @@ Packets on the channel, all in the encoding of `protocol`:
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import pickle
 import signal
@@ -46,6 +47,7 @@ class Builder:
     user_name: str = ""
     group_names: list[tuple[str, int]] = field(default_factory=list)
     image_is_directory: bool = False
+    rootfs_limit: str = ""
     texts: dict[str, bytes] = field(default_factory=dict)
     fds: dict[str, int] = field(default_factory=dict)
     results: list[tuple[str, str]] = field(default_factory=list)
@@ -58,6 +60,8 @@ class Builder:
             try:
                 operation.execute(self)
             except OSError as error:
+                if error.errno == errno.ENOSPC and self.rootfs_limit:
+                    raise errors.rootfs_full(self.rootfs_limit) from error
                 raise errors.build_failed(operation.describe(), error.errno or 0) from error
             self.timings.append((type(operation).__name__, (time.perf_counter() - begin) * 1e3))
 

@@ -15,7 +15,6 @@ import signal
 import socket
 import sys
 from collections.abc import Awaitable, Callable
-from pathlib import Path
 
 from enclos.netns import facts, guard, underlay
 from enclos.runtime import adoption, config, errors, linux
@@ -83,7 +82,7 @@ async def run(config_path: str, node: str) -> None:
     gate, found = _raise_guard(node, loaded.config)
     jobs = Jobs(node, loaded.config, journal, spawner, gate, found)
     images = MountedImages(images_directory, loaded.config.images.idle_seconds)
-    around = Surroundings(node, loaded.config, stage, find_noop(), journal, spawner, images, jobs)
+    around = Surroundings(node, loaded.config, stage, journal, spawner, images, jobs)
     agent = Agent(around, loaded.path)
     adoption.adopt(agent)
     await _serve(agent, gate)
@@ -134,12 +133,6 @@ def _raise_guard(node: str, settings: Config) -> tuple[guard.Guard, underlay.Und
     return gate, found
 
 
-def find_noop() -> str:
-    """The program that stands in for a TaskProlog inside containers; empty where it is not installed."""
-    places = (Path(sys.prefix) / "libexec/enclos/enclos-noop", Path(__file__).parent.parent / "build/enclos-noop")
-    return next((str(place) for place in places if place.exists()), "")
-
-
 async def _serve(agent: Agent, gate: guard.Guard) -> None:
     """Accept connections until a signal says stop."""
     loop = asyncio.get_running_loop()
@@ -151,6 +144,7 @@ async def _serve(agent: Agent, gate: guard.Guard) -> None:
             asyncio.create_task(_accept(shim_socket, agent.serve_shim)),
             asyncio.create_task(_accept(user_socket, agent.serve_user)),
             asyncio.create_task(_mend_guard(gate)),
+            asyncio.create_task(_reconcile(agent)),
         ]
         _notify_ready()
         log.info("ready on %s, version %s", agent.around.node, enclos.__version__)
@@ -202,6 +196,11 @@ async def _mend_guard(gate: guard.Guard) -> None:
         await wait_readable(gate.fileno())
         if gate.handle_event():
             log.warning("the guard's nftables table was removed; made it again")
+
+
+async def _reconcile(agent: Agent) -> None:
+    """Once, at the start: epilogs may have been missed while no agent ran."""
+    await agent.reconcile()
 
 
 def _notify_ready() -> None:

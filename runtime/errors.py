@@ -487,6 +487,11 @@ def build_timed_out(seconds: int, operation: str = "") -> EnclosError:
     )
 
 
+def only_root(verb: str) -> EnclosError:
+    """A verb of the administrator's."""
+    return UserError(f"enclos {verb}", "only root may do this", hint="run it as root on the compute node")
+
+
 def step_unknown(job: int, step: int) -> EnclosError:
     """A join without a prepare that could be served."""
     return AdminError(

@@ -92,12 +92,31 @@ class Jobs:
     def get(self, job_id: int) -> Job | None:
         return self._jobs.get(job_id)
 
-    def end(self, job_id: int) -> None:
+    async def end(self, job_id: int) -> None:
         """Remove the job's network at once, and forget the job; an unknown job is fine."""
         job = self._jobs.pop(job_id, None)
         if job is not None:
-            self._remove_network(job)
+            await self._remove_network(job)
         self._journal.remove(f"job.{job_id}")
+
+    async def reconcile(self, busy: set[int]) -> list[int]:
+        """End the jobs that slurmctld no longer has on this node: their epilog was missed.
+
+        Args:
+            busy: jobs with steps here, which are left alone whatever slurmctld says.
+
+        Returns:
+            The jobs that were ended; none when slurmctld does not answer.
+        """
+        known = set(self._jobs)
+        present = await controller.ask_node(self._node)
+        if present is None:
+            return []
+        gone = sorted(known - present - busy)
+        for job_id in gone:
+            log.info("job=%d is gone, its epilog was missed", job_id)
+            await self.end(job_id)
+        return gone
 
     async def network(self, job_id: int) -> JobNetwork:
         """The job's network, made now if no step of the job has asked for it before.
@@ -200,12 +219,13 @@ class Jobs:
         finally:
             child.close()
 
-    def _remove_network(self, job: Job) -> None:
+    async def _remove_network(self, job: Job) -> None:
         network, job.network = job.network, None
         if network is None:
             return
         try:
-            overlay.remove(network.netns_fd, network.ifname)
+            # 20 to 40 ms of waiting in the kernel; a thread of its own has a network namespace of its own.
+            await asyncio.to_thread(overlay.remove, network.netns_fd, network.ifname)
             self._guard.evict(network.vni, network.addresses)
         except (facts.NetworkFact, OSError) as error:
             log.error("job=%d network not removed: %s", job.facts.job, error)

@@ -29,9 +29,10 @@ from enclos.runtime.linux import (
     MOUNT_ATTR_NOSUID,
     MOUNT_ATTR_RDONLY,
     MS_PRIVATE,
-    MS_REC,
     MS_SLAVE,
 )
+
+NOT_ALONE = "the source has other mounts below it, which 'bind' would uncover; use 'rbind'"
 
 
 class Operation(Protocol):
@@ -214,55 +215,6 @@ class OpenImage:
 
 
 @dataclass(frozen=True, slots=True)
-class CloneSource:
-    """Take a mount source, looked up as the user, as a detached copy of its tree.
-
-    Propagation is slave: what the host mounts later appears inside, what is mounted inside stays there.
-    """
-
-    name: str
-    source: str
-    target: str
-    recursive: bool = True
-    attributes: int = MOUNT_ATTR_NOSUID | MOUNT_ATTR_NODEV
-    private: bool = False
-    optional: bool = False
-
-    def describe(self) -> str:
-        kind = "recursively" if self.recursive else "alone"
-        return f"clone {self.source} {kind} as {self.name} ({self.attributes:#x})"
-
-    def execute(self, builder: Builder) -> None:
-        try:
-            with builder.as_user():
-                fd = self._open()
-        except errors.EnclosError:
-            if self.optional:
-                return
-            raise
-        try:
-            mount_fd = builder.keep(self.name, linux.clone_tree("", fd, recursive=self.recursive))
-        finally:
-            os.close(fd)
-        propagation = MS_PRIVATE if self.private else MS_SLAVE
-        linux.set_attributes(mount_fd, self.attributes, propagation=propagation, recursive=self.recursive)
-
-    def _open(self) -> int:
-        try:
-            try:
-                # O_DIRECTORY first: with O_PATH alone the last component's automount would not be triggered.
-                return os.open(self.source, os.O_PATH | os.O_CLOEXEC | os.O_DIRECTORY)
-            except NotADirectoryError:
-                return os.open(self.source, os.O_PATH | os.O_CLOEXEC)
-        except OSError as error:
-            if error.errno in (errno.EACCES, errno.EPERM):
-                raise errors.mount_source_denied(self.source, self.target) from error
-            if error.errno in (errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG):
-                raise errors.mount_source_missing(self.source, self.target) from error
-            raise
-
-
-@dataclass(frozen=True, slots=True)
 class CloneHostPath:
     """Take a file or directory of the host that the site, not the user, chose; looked up as root."""
 
@@ -373,7 +325,61 @@ class EnterNamespaces:
             if error.errno == errno.ENOSPC:
                 raise errors.userns_forbidden(_words(error)) from error
             raise
-        linux.set_propagation("/", MS_REC | MS_PRIVATE)
+        # Crossing into a less privileged namespace made every mount a slave of the agent's (mount_namespaces(7)),
+        # and slaves they stay: what the host mounts later below a user's source appears inside.
+
+
+@dataclass(frozen=True, slots=True)
+class CloneSource:
+    """Take a mount source, looked up by the user in his own mount namespace, as a detached copy of its tree.
+
+    Cloned there, the mounts below it are locked: he can't unmount one to see what the host hid under it.
+    Propagation is slave: what the host mounts later appears inside, what is mounted inside stays there.
+    """
+
+    name: str
+    source: str
+    target: str
+    recursive: bool = True
+    attributes: int = MOUNT_ATTR_NOSUID | MOUNT_ATTR_NODEV
+    private: bool = False
+    optional: bool = False
+
+    def describe(self) -> str:
+        kind = "recursively" if self.recursive else "alone"
+        return f"clone {self.source} {kind} as {self.name} ({self.attributes:#x})"
+
+    def execute(self, builder: Builder) -> None:
+        try:
+            fd = self._open()
+        except errors.EnclosError:
+            if self.optional:
+                return
+            raise
+        try:
+            mount_fd = builder.keep(self.name, linux.clone_tree("", fd, recursive=self.recursive))
+        except OSError as error:
+            if error.errno == errno.EINVAL and not self.recursive:
+                raise errors.bad_mount_syntax(f"{self.source}:{self.target}", NOT_ALONE) from error
+            raise
+        finally:
+            os.close(fd)
+        propagation = MS_PRIVATE if self.private else MS_SLAVE
+        linux.set_attributes(mount_fd, self.attributes, propagation=propagation, recursive=self.recursive)
+
+    def _open(self) -> int:
+        try:
+            try:
+                # O_DIRECTORY first: with O_PATH alone the last component's automount would not be triggered.
+                return os.open(self.source, os.O_PATH | os.O_CLOEXEC | os.O_DIRECTORY)
+            except NotADirectoryError:
+                return os.open(self.source, os.O_PATH | os.O_CLOEXEC)
+        except OSError as error:
+            if error.errno in (errno.EACCES, errno.EPERM):
+                raise errors.mount_source_denied(self.source, self.target) from error
+            if error.errno in (errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG):
+                raise errors.mount_source_missing(self.source, self.target) from error
+            raise
 
 
 @dataclass(frozen=True, slots=True)
@@ -388,20 +394,20 @@ class EnterRoot:
         return f"overlay a tmpfs of {self.tmpfs_size} over the image and enter it"
 
     def execute(self, builder: Builder) -> None:
-        attributes = MOUNT_ATTR_NOSUID | MOUNT_ATTR_NODEV
-        upper_fd = linux.mount_filesystem("tmpfs", (("size", self.tmpfs_size), ("mode", "0755")), attributes)
+        builder.rootfs_limit = self.tmpfs_size
         for name in ("lower", "upper", "work", "root"):
-            os.mkdir(name, 0o755, dir_fd=upper_fd)
-        linux.move_mount(upper_fd, linux.AT_FDCWD, self.stage)
+            os.mkdir(name, 0o755, dir_fd=builder.fds["upper"])
+        linux.move_mount(builder.fds["upper"], linux.AT_FDCWD, self.stage)
         linux.move_mount(builder.fds["lower"], linux.AT_FDCWD, f"{self.stage}/lower")
         if builder.image_is_directory:
             self._shadow_parents(builder.fds["lower"])
         layers = [(f"{layer}dir", f"{self.stage}/{layer}") for layer in ("lower", "upper", "work")]
+        attributes = MOUNT_ATTR_NOSUID | MOUNT_ATTR_NODEV
         root_fd = linux.mount_filesystem("overlay", (*layers, ("userxattr", None)), attributes)
         linux.move_mount(root_fd, linux.AT_FDCWD, f"{self.stage}/root")
         linux.enter_root(root_fd)
         builder.drop("lower")
-        os.close(upper_fd)
+        builder.drop("upper")
         builder.keep("root", root_fd)
 
     def _shadow_parents(self, lower_fd: int) -> None:

@@ -24,7 +24,7 @@ from enclos.runtime.linux import (
 )
 from enclos.runtime.mounts import Mount
 from enclos.runtime.policy import Decision
-from enclos.runtime.request import StepRequest
+from enclos.runtime.request import BATCH_STEP, StepRequest
 from enclos.runtime.settings import Config
 
 SAFE = MOUNT_ATTR_NOSUID | MOUNT_ATTR_NODEV
@@ -46,12 +46,10 @@ class NodeFacts:
     Attributes:
         stage: directory in the agent's mount namespace on which every builder mounts its own stage.
         step_cgroup: directory of the step's cgroup v2, or empty where Slurm uses none.
-        noop: a static program that does nothing, or empty.
     """
 
     stage: str
     step_cgroup: str = ""
-    noop: str = ""
 
 
 def make(request: StepRequest, decision: Decision, config: Config, maps: IdMaps, node: NodeFacts) -> Plan:
@@ -71,36 +69,39 @@ def _early(
     mounts = (*decision.site_mounts, *_home_mount(request, decision), *decision.user_mounts)
     binds = [mount for mount in mounts if mount.kind == "bind"]
 
-    # As root: what belongs to namespaces that root owns, and what the user's eyes are needed for.
+    # As root: what only root may mount, and what has to be read before the image is the root.
     yield op.LookUpAccounts()
     yield op.OpenImage(request.image_path(), config.images.user_files == "trust")
-    for index, mount in enumerate(binds):
-        yield _clone(index, mount)
     yield op.StageText("resolv.conf", "/etc/resolv.conf")
     yield op.StageText("hosts", "/etc/hosts")
     yield op.StageDevices("dev", (*STANDARD_NODES, *config.devices.nodes))
+    # The owner of a user namespace could give a tmpfs that was mounted in it another size.
+    owner = (("uid", str(request.uid)), ("gid", str(request.gid)))
+    yield op.StageFilesystem("upper", "tmpfs", (("size", config.rootfs.tmpfs_size), ("mode", "0755"), *owner), SAFE)
+    yield op.StageFilesystem("shm", "tmpfs", (("size", config.rootfs.shm_size), ("mode", "1777"), *owner), SAFE)
     yield op.StageFilesystem("proc", "proc", (("hidepid", "invisible"),), KERNEL_FS)
     if node.step_cgroup:
         yield op.CloneHostPath("cgroup", node.step_cgroup, KERNEL_FS | MOUNT_ATTR_RDONLY)
-    if request.taskprolog and node.noop:
-        yield op.CloneHostPath("taskprolog", node.noop, SAFE | MOUNT_ATTR_RDONLY)
     if decision.network != "host":
         yield op.JoinNetwork()
     yield op.StageFilesystem("sys", "sysfs", (), KERNEL_FS | MOUNT_ATTR_RDONLY)
 
-    # As the user, in his own user namespace.
+    # As the user, in his own user namespace. Sources are cloned only now: in a tree that was cloned before, the
+    # user could unmount what the host mounted over other files.
     yield op.BecomeUser()
     yield op.EnterUserNamespace(maps.uid_map, maps.gid_map)
     yield op.EnterNamespaces()
+    for index, mount in enumerate(binds):
+        yield _clone(index, mount)
     targets = (*FIXED_TARGETS, f"{home}/", *slurm_directories(request), *(mount.target for mount in mounts))
-    yield op.EnterRoot(node.stage, config.rootfs.tmpfs_size, (*targets, request.taskprolog))
+    yield op.EnterRoot(node.stage, config.rootfs.tmpfs_size, targets)
     yield op.Attach("proc", "/proc")
     yield op.Attach("sys", "/sys")
     if node.step_cgroup:
         yield op.Attach("cgroup", "/sys/fs/cgroup")
     yield op.Attach("dev", "/dev")
     yield op.MountInside("devpts", "/dev/pts", (("newinstance", None), ("ptmxmode", "0666"), ("mode", "0620")))
-    yield op.MountInside("tmpfs", "/dev/shm", (("mode", "1777"), ("size", config.rootfs.shm_size)))
+    yield op.Attach("shm", "/dev/shm")
     yield op.MountInside("mqueue", "/dev/mqueue", (), KERNEL_FS)
     yield op.ReadImageEnvironment()
     yield op.WriteAccounts(home, decision.remap_root)
@@ -115,8 +116,6 @@ def _early(
             yield op.Attach(name, mount.target, mount.source, optional="nofail" in mount.options)
         else:
             yield _tmpfs(mount)
-    if request.taskprolog and node.noop:
-        yield op.Attach("taskprolog", request.taskprolog)
 
 
 def late(request: StepRequest, decision: Decision, directories: Sequence[str]) -> Plan:
@@ -134,10 +133,16 @@ def late(request: StepRequest, decision: Decision, directories: Sequence[str]) -
     return Plan(request.uid, request.gid, request.groups, tuple(steps))
 
 
-def slurm_directories(request: StepRequest) -> tuple[str, str]:
-    """Where Slurm's PMIx plugin puts its files, if it is used: its server's directory, and the clients' one."""
+def slurm_directories(request: StepRequest) -> tuple[str, ...]:
+    """Directories that Slurm may have made for the step, which its tasks need at the same path.
+
+    Those of the PMIx plugin, its server's and its clients', and the one that holds a batch step's script.
+    """
     step = f"{request.job}.{request.step}"
-    return f"{request.spool}/pmix.{step}", f"{request.tmpfs}/spmix_appdir_{request.uid}_{step}"
+    directories = (f"{request.spool}/pmix.{step}", f"{request.tmpfs}/spmix_appdir_{request.uid}_{step}")
+    if request.step == BATCH_STEP:
+        return (*directories, f"{request.spool}/job{request.job:05d}")
+    return directories
 
 
 def home_directory(request: StepRequest, decision: Decision) -> str:

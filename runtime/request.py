@@ -47,7 +47,6 @@ class StepRequest:
     tasks: int
     spool: str
     tmpfs: str
-    taskprolog: str
     cwd: str
     home: str
     image: str
@@ -99,7 +98,6 @@ def parse(fields: Fields) -> StepRequest:
         tasks=_number(fields, "tasks", 1, TASK_LIMIT),
         spool=_path(fields, "spool"),
         tmpfs=_path(fields, "tmpfs"),
-        taskprolog=_path(fields, "taskprolog"),
         cwd=cwd,
         home=_lenient_path(fields, "home"),
         image=_checked(image, "image"),

@@ -54,7 +54,6 @@ class Surroundings:
     node: str
     config: Config
     stage: str
-    noop: str
     journal: Journal
     spawner: Spawner
     images: MountedImages
@@ -92,7 +91,7 @@ class Step:
     def prepare(self) -> None:
         """Begin to build, where there is something to build."""
 
-    async def join(self) -> JoinReply:
+    async def join(self, wanted: StepRequest) -> JoinReply:
         """The answer for one task; raises EnclosError where there is none."""
         raise errors.agent_restarted()
 
@@ -186,16 +185,29 @@ class NodeStep(Step):
         # Without a reader the event loop would report the exception as lost.
         self._early.add_done_callback(lambda task: task.cancelled() or task.exception())
 
-    async def join(self) -> JoinReply:
+    async def join(self, wanted: StepRequest) -> JoinReply:
         """The answer for one task; the first one finishes the container.
+
+        Args:
+            wanted: the request as the task sends it. Only the task knows its working directory for sure, so what
+                was begun with another one (a relative path of an image or a mount) is begun anew.
 
         Raises:
             EnclosError: the reason why there is no container.
         """
         if self.ready is None:
             self._mark("joined")
+            if (wanted.image_path(), wanted.mounts) != (self.request.image_path(), self.request.mounts):
+                await self._begin_anew(wanted)
             self.ready = asyncio.create_task(self._finish())
         return await asyncio.shield(self.ready)
+
+    async def _begin_anew(self, wanted: StepRequest) -> None:
+        self.request = wanted
+        if self._early is not None:
+            self._early.cancel()
+            await asyncio.wait([self._early])
+            self._early = None
 
     # --- building ---------------------------------------------------------------------------------------------
 
@@ -210,7 +222,7 @@ class NodeStep(Step):
             self._notices.append(f"{count} of your groups do not fit into the container's group map, ignoring")
         network = asyncio.create_task(self._make_network(decision.network))
         try:
-            node = plan.NodeFacts(self._around.stage, cgroup.step_cgroup(self.request.stepd), self._around.noop)
+            node = plan.NodeFacts(self._around.stage, cgroup.step_cgroup(self.request.stepd))
             early = plan.make(self.request, decision, config, maps, node)
             self.container = Container(self._around.spawner, self._around.images)
             self._write_record()

@@ -16,21 +16,21 @@ USER_SOCKET = "/run/enclos/user.sock"
 ANSWER_SECONDS = 5.0
 
 
-def ask(verb: str, path: str = USER_SOCKET, **fields: str) -> Any:  # noqa: ANN401  # whatever JSON holds
+def ask(verb: str, path: str = USER_SOCKET, *, timeout_seconds: float = ANSWER_SECONDS, **fields: str) -> Any:  # noqa: ANN401  # whatever JSON holds
     """Send one request and return the JSON of its answer.
 
     Raises:
         EnclosError: agent_not_running, agent_silent, or the agent's own error in its words.
     """
     with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_CLOEXEC) as connection:
-        connection.settimeout(ANSWER_SECONDS)
+        connection.settimeout(timeout_seconds)
         try:
             connection.connect(path)
             request = {"version": str(protocol.VERSION), "verb": verb, **fields}
             protocol.send(connection, request.items())
             answer = protocol.receive(connection)
         except TimeoutError as error:
-            raise errors.agent_silent(path, int(ANSWER_SECONDS)) from error
+            raise errors.agent_silent(path, int(timeout_seconds)) from error
         except OSError as error:
             raise errors.agent_not_running(path, error.errno or 0) from error
         except protocol.ProtocolError as error:

@@ -18,6 +18,8 @@ from enclos.runtime.errors import EnclosError, UsageError
 VERBS: dict[str, tuple[str, str]] = {
     "ps": ("ps", "list the containers on this node"),
     "check": ("check", "test whether this node can run containers, and say what to mend"),
+    "gc": ("gc", "undo what ended jobs left on this node (root)"),
+    "render": ("render", "print the plan of a container without making it"),
     "config": ("config", "show the settings in force, or validate a configuration file"),
 }
 

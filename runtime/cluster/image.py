@@ -24,6 +24,36 @@ DIRECTORIES = ("etc", "proc", "sys", "dev", "run", "root", "home", "mnt", "opt",
 MERGED = {"bin": "usr/bin", "sbin": "usr/bin", "usr/sbin": "bin", "lib": "usr/lib", "lib64": "usr/lib64"}
 PROGRAMS = ("/bin/bash", "/sbin/ip")
 
+# `traffic CMD…` runs a command and tells what crossed the container's overlay device meanwhile; `tenant PORT CMD…` serves
+# a greeting on a port while a command runs. The first task of a node does the extra work.
+SCRIPTS = {
+    "traffic": """\
+#!/bin/bash
+[ "${SLURM_LOCALID:-0}" = 0 ] || exec "$@"
+count() { for device in /sys/class/net/[!l]*; do cat "$device"/statistics/{tx_packets,rx_packets,tx_bytes}; done; }
+before=($(count))
+"$@"
+status=$?
+sleep 0.2
+after=($(count))
+device=$(cd /sys/class/net; echo [!l]*)
+echo "$(hostname): $device sent ${before[0]} -> ${after[0]} packets, received ${before[1]} -> ${after[1]} packets;" \
+     "$(((after[2] - before[2]) / 1000000)) MB sent"
+exit $status
+""",
+    "tenant": """\
+#!/bin/bash
+port=$1; shift
+[ "${SLURM_LOCALID:-0}" = 0 ] || exec "$@"
+while :; do echo "hello from a job of $(id -un)" | busybox nc -l -p "$port"; done &
+service=$!
+"$@"
+status=$?
+kill "$service" $(pgrep -P "$service")
+exit $status
+""",
+}
+
 # What OpenMPI needs when slurmstepd starts its ranks: shared memory and TCP. The network hardware's
 # components are left out, and with them UCX and libfabric.
 # fmt: off
@@ -126,6 +156,9 @@ def _fill(image: Image, mpi: str) -> None:
     root = image.directory
     _skeleton(root)
     _busybox(root)
+    for name, text in SCRIPTS.items():
+        (root / "usr/bin" / name).write_text(text)
+        (root / "usr/bin" / name).chmod(0o755)
     program = root / "usr/bin/ring"
     _run([f"mpicc.{mpi}", "-O2", "-Wall", "-Wextra", "-Werror", "-o", str(program), str(RING_SOURCE)])
     for path in (program, *map(Path, PROGRAMS)):

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from enclos.runtime.cluster.cluster import Cluster, ClusterError, clusters
+from enclos.runtime.cluster.demo import show
+from enclos.runtime.cluster.image import ImageError
 from enclos.runtime.cluster.layout import DEFAULT_NAME, SUBMIT
 
 NEXT = """\
@@ -39,7 +42,9 @@ def parser() -> argparse.ArgumentParser:
     run = verbs.add_parser("run", parents=[where], help="run a command on the cluster")
     run.add_argument("words", nargs=argparse.REMAINDER, metavar="CMD", help="the command and its arguments")
     verbs.add_parser("shell", parents=[where], help="an interactive shell on the cluster")
-    verbs.add_parser("demo", help="the tour that `make demo` gives")
+    tour = verbs.add_parser("demo", help="the tour that `make demo` gives, on a fresh cluster of two nodes")
+    tour.add_argument("--name", default="demo", help="name of its cluster (default: %(default)s)")
+    tour.add_argument("--keep", action="store_true", help="leave the cluster up (as DEMO_KEEP=1)")
     return top
 
 
@@ -48,7 +53,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser().parse_args(arguments)
     try:
         return int(VERBS[options.verb](options))
-    except ClusterError as error:
+    except (ClusterError, ImageError) as error:
         print(f"enclos-cluster: {error}", file=sys.stderr)
         return 1
 
@@ -117,7 +122,13 @@ def shell(options: argparse.Namespace) -> int:
     return 0
 
 
-VERBS = {"up": up, "down": down, "status": status, "run": run, "shell": shell}
+def demo(options: argparse.Namespace) -> int:
+    """Show the main job."""
+    keep = options.keep or os.environ.get("DEMO_KEEP", "") not in ("", "0")
+    return show(options.name, keep)
+
+
+VERBS = {"demo": demo, "up": up, "down": down, "status": status, "run": run, "shell": shell}
 
 if __name__ == "__main__":
     sys.exit(main())

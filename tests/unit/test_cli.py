@@ -40,10 +40,10 @@ def agent(path: Path, *replies: dict[str, str] | None) -> Iterator[list[dict[str
                     if reply is not None:
                         protocol.send(connection, reply.items())
 
-        thread = threading.Thread(target=serve)
+        thread = threading.Thread(target=serve, daemon=True)
         thread.start()
         yield requests
-        thread.join()
+        thread.join(5)
 
 
 CONTAINERS = [

@@ -68,6 +68,7 @@ SAMPLES: dict[str, tuple[object, ...]] = {
     "build_failed": ("mount the overlay", errno.EINVAL),
     "builder_ended": ("enter the root file system", "killed by SIGKILL"),
     "build_timed_out": (20, "open image /images/mpi.sqsh"),
+    "only_root": ("gc",),
     "step_unknown": (42, 0),
     "config_unreadable": (CONF, errno.EACCES),
     "config_syntax": (CONF, 3, "mapping values are not allowed here"),

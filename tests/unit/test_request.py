@@ -44,7 +44,6 @@ def test_plain_request() -> None:
     assert found.network == ""
     assert (found.writable, found.remap_root, found.mount_home) == (None, None, None)
     assert found.mounts == ()
-    assert found.taskprolog == ""
     assert not found.asks_by_default
 
 

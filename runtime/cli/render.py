@@ -1,0 +1,61 @@
+"""`enclos render`: print the operations that would make a container, in their order, without doing them.
+
+Takes the options as srun does. Runs as whoever types the command; nothing is opened, so it also works away from the
+compute nodes.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+
+from enclos.runtime import config, plan, policy, request
+from enclos.runtime.cli import common
+from enclos.runtime.idmap import container_maps
+from enclos.runtime.settings import OPTIONS
+
+EXAMPLE_JOB = 1
+STAGE = "/run/enclos/stage"
+
+
+def run(arguments: list[str]) -> int:
+    """Print the plan."""
+    parser = common.Parser(
+        prog="enclos render",
+        description="Print the operations that would make a container for you, in their order, without doing them.",
+    )
+    for option in OPTIONS:
+        if option.arginfo:
+            parser.add_argument(f"--{option.name}", metavar=option.arginfo, action="append", dest=option.key)
+        else:
+            parser.add_argument(f"--{option.name}", action="append_const", const=option.fixed, dest=option.key)
+    common.add_json(parser)
+    given = parser.parse_args(arguments)
+    fields = {f"option.{option.key}": getattr(given, option.key) or [] for option in OPTIONS}
+    lines = render({key: values for key, values in fields.items() if values})
+    if given.json:
+        common.print_json(lines)
+    else:
+        print("\n".join(lines))
+    return 0
+
+
+def render(options: dict[str, list[str]]) -> list[str]:
+    """The plans of a step of the caller, early and late, one line per operation."""
+    wanted = request.parse({**_facts(), **options})
+    loaded = config.load()
+    decision = policy.decide(wanted, loaded.config)
+    maps = container_maps(wanted.uid, wanted.gid, wanted.groups, decision.remap_root)
+    early = plan.make(wanted, decision, loaded.config, maps, plan.NodeFacts(STAGE))
+    late = plan.late(wanted, decision, plan.slurm_directories(wanted))
+    return [*early.describe(), "(the first task is here)", *late.describe()]
+
+
+def _facts() -> dict[str, Sequence[str]]:
+    """What slurmstepd would say of a step of the caller."""
+    numbers = {"job": EXAMPLE_JOB, "step": 0, "uid": os.getuid(), "gid": os.getgid(), "stepd": os.getpid(), "tasks": 1}
+    facts = {key: [str(number)] for key, number in numbers.items()}
+    facts["groups"] = [",".join(str(group_id) for group_id in os.getgroups())]
+    facts |= {"spool": ["/var/spool/slurmd"], "tmpfs": ["/tmp"], "cwd": [os.getcwd()]}
+    facts["home"] = [os.environ.get("HOME", "")]
+    return dict(facts)
