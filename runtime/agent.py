@@ -11,6 +11,7 @@ import json
 import logging
 import os
 import time
+from collections import Counter
 from typing import Any
 
 from enclos.runtime import errors, protocol, request
@@ -21,6 +22,9 @@ from enclos.runtime.steps import JoinReply, NodeStep, Step, Surroundings
 import enclos
 
 log = logging.getLogger("enclosd")
+
+USER_CONNECTIONS = 16
+USER_SECONDS = 30.0
 
 # Parts of the reply to JOIN, in the order in which the shim needs them.
 DESCRIPTOR_ORDER = ("net", "user", "mnt", "ipc", "uts", "seccomp")
@@ -34,6 +38,7 @@ class Agent:
         self._config_path = config_path
         self._started = time.time()
         self._steps: dict[tuple[int, int], Step] = {}
+        self._user_connections: Counter[int] = Counter()
         self._watchers: set[asyncio.Task[None]] = set()
 
     # --- the shim ---------------------------------------------------------------------------------------------
@@ -71,7 +76,7 @@ class Agent:
             if message.get("verb") == "prepare":
                 return [], []  # The join says it.
             return self._refusal(error), []
-        except protocol.ProtocolError as error:
+        except (protocol.ProtocolError, ValueError) as error:
             return self._refusal(errors.bad_request(str(error))), []
         return [("status", "ok")], []
 
@@ -135,13 +140,27 @@ class Agent:
     # --- users ------------------------------------------------------------------------------------------------
 
     async def serve_user(self, connection: Connection) -> None:
-        """Serve one connection of the command line; who asks is known from the kernel."""
+        """Serve one connection of the command line; who asks is known from the kernel.
+
+        A user's connections are few and short-lived: else one could use up the agent's descriptors.
+        """
         _, uid, _ = connection.peer()
-        while (message := await connection.receive()) is not None:
-            with message:
-                reply = await self._answer_user(message, uid)
-            if not connection.send([("version", str(protocol.VERSION)), *reply]):
-                return
+        if self._user_connections[uid] >= USER_CONNECTIONS:
+            return
+        self._user_connections[uid] += 1
+        try:
+            async with asyncio.timeout(USER_SECONDS):
+                while (message := await connection.receive()) is not None:
+                    with message:
+                        reply = await self._answer_user(message, uid)
+                    if not connection.send([("version", str(protocol.VERSION)), *reply]):
+                        return
+        except (TimeoutError, protocol.ProtocolError):
+            return
+        finally:
+            self._user_connections[uid] -= 1
+            if not self._user_connections[uid]:
+                del self._user_connections[uid]
 
     async def _answer_user(self, message: protocol.Message, uid: int) -> list[tuple[str, str]]:
         try:
@@ -159,6 +178,8 @@ class Agent:
                     raise errors.bad_request(f"verb={verb[:32]}")
         except errors.EnclosError as error:
             return self._refusal(error)
+        except (protocol.ProtocolError, ValueError) as error:
+            return self._refusal(errors.bad_request(str(error)))
 
     def list_steps(self, uid: int) -> list[dict[str, Any]]:
         """The containers that this user may know of: his own; root sees all."""

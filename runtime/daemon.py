@@ -11,13 +11,14 @@ import contextlib
 import fcntl
 import logging
 import os
+import resource
 import signal
 import socket
 import sys
 from collections.abc import Awaitable, Callable
 
 from enclos.netns import facts, guard, underlay
-from enclos.runtime import adoption, config, errors, linux
+from enclos.runtime import adoption, config, errors, linux, protocol
 from enclos.runtime.agent import Agent
 from enclos.runtime.connection import Connection, wait_readable
 from enclos.runtime.images.store import MountedImages
@@ -72,6 +73,7 @@ async def run(config_path: str, node: str) -> None:
         EnclosError: bad configuration, another agent is running, no underlay, no nftables.
     """
     spawner = Spawner()
+    _raise_descriptor_limit()
     directory = _lock_run_directory()
     _enter_own_mount_namespace()
     await spawner.start()
@@ -100,6 +102,12 @@ def _lock_run_directory() -> int:
     except BlockingIOError as error:
         raise errors.AdminError(RUN_DIRECTORY, "another agent is running", hint="systemctl status enclosd") from error
     return fd
+
+
+def _raise_descriptor_limit() -> None:
+    """A running step holds about six descriptors, and a node may run thousands of steps."""
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
 def _enter_own_mount_namespace() -> None:
@@ -184,6 +192,8 @@ async def _serve_one(connected: socket.socket, serve: Callable[[Connection], Awa
     connection = Connection(connected)
     try:
         await serve(connection)
+    except protocol.ProtocolError as error:
+        log.warning("a connection was dropped: %s", error)
     except Exception:
         log.exception("a connection failed")
     finally:
