@@ -1,0 +1,55 @@
+"""Records are whole or not there, and a damaged one stops nobody."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+import pytest
+from enclos.runtime.journal import Journal
+
+
+def test_a_record_is_read_back_by_another_agent(tmp_path: Path) -> None:
+    Journal(str(tmp_path)).write("job.7", {"vni": 8, "addresses": ["10.0.0.1"]})
+    assert list(Journal(str(tmp_path)).read("job")) == [("job.7", {"vni": 8, "addresses": ["10.0.0.1"]})]
+
+
+def test_a_record_is_replaced_and_removed(tmp_path: Path) -> None:
+    journal = Journal(str(tmp_path))
+    journal.write("step.7.0", {"state": "building"})
+    journal.write("step.7.0", {"state": "running"})
+    assert list(journal.read("step")) == [("step.7.0", {"state": "running"})]
+    journal.remove("step.7.0")
+    journal.remove("step.7.0")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_kinds_are_apart(tmp_path: Path) -> None:
+    journal = Journal(str(tmp_path))
+    journal.write("job.1", {})
+    journal.write("step.1.0", {})
+    assert [name for name, _ in journal.read("job")] == ["job.1"]
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", "nonsense"])
+def test_a_damaged_record_is_removed_with_a_warning(
+    tmp_path: Path, content: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    journal = Journal(str(tmp_path))
+    (tmp_path / "job.1").write_text(content)
+    journal.write("job.2", {"vni": 3})
+    with caplog.at_level(logging.WARNING):
+        assert list(journal.read("job")) == [("job.2", {"vni": 3})]
+    assert "job.1 is damaged" in caplog.text
+    assert not (tmp_path / "job.1").exists()
+
+
+def test_a_half_written_record_is_not_read(tmp_path: Path) -> None:
+    journal = Journal(str(tmp_path))
+    (tmp_path / "job.1.new").write_text('{"vni"')
+    assert list(journal.read("job")) == []
+
+
+def test_only_root_may_look(tmp_path: Path) -> None:
+    Journal(str(tmp_path / "journal"))
+    assert (tmp_path / "journal").stat().st_mode & 0o777 == 0o700
