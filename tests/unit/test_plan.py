@@ -77,7 +77,8 @@ def test_nothing_is_staged_as_root_after_the_user_is_taken(case: str) -> None:
 
 @pytest.mark.parametrize("case", CASES)
 def test_every_descriptor_that_is_attached_was_made(case: str) -> None:
-    made = {getattr(operation, "name", "") for operation in make(case).operations if not isinstance(operation, op.Attach)}
+    makers = [operation for operation in make(case).operations if not isinstance(operation, op.Attach)]
+    made = {getattr(operation, "name", "") for operation in makers}
     made |= set(plan.slurm_directories(request.parse({**FACTS, **CASES[case]})))
     for operation in make(case).operations:
         if isinstance(operation, op.Attach):
