@@ -21,15 +21,19 @@ IMAGE = "/images/openmpi.sqsh"
 CONTAINER = f"--container-image={IMAGE} --container-network=job"
 MAIN_JOB = f"srun -N2 -n4 --mpi=pmix {CONTAINER}"
 PORTS = {"usera": 7001, "userb": 7002}
+NETCAT = "/images/openmpi/usr/bin/busybox nc"
+SLURMD_PORT = 6818
 REPETITIONS = 8
 PROBE_DEADLINE_S = 20.0
 
 NEXT = """\
 What to type next, as root:
-  {program} up --name try                   # a cluster to play with; `down --name try` removes it
-  {program} shell --name try --user usera   # then: {job} ring
+  {program} up --name try                   # a cluster to play with
+  {program} image --name try                # puts the demo's image into its /images
+  {program} shell --name try --user usera   # and there:
+      {job} ring
   {program} run --name try --node n1 enclos check
-  {program} image --name try                # puts the demo's image into /images"""
+  {program} down --name try"""
 
 
 class DemoFailed(ClusterError):
@@ -130,7 +134,7 @@ def _two_tenants(cluster: Cluster) -> None:
 @contextmanager
 def _tenant_job(cluster: Cluster, user: str) -> Iterator[Running]:
     """Run the main job with a service beside it, for a while."""
-    line = f"{MAIN_JOB} tenant {PORTS[user]} ring --seconds 6"
+    line = f"{MAIN_JOB} tenant {PORTS[user]} ring --seconds 10"
     print(f"{user}@submit$ {line} &", flush=True)
     with cluster.popen(line, user=user) as running:
         try:
@@ -154,32 +158,38 @@ def _await_tenant(cluster: Cluster, user: str) -> Tenant:
     while not job:
         _check(time.monotonic() < deadline, f"{user}'s job did not start")
         job = cluster.run(["squeue", "-h", "-t", "R", "-u", user, "-o", "%A"]).stdout.strip()
-    wait = f"for node in n1 n2; do until nc -w 1 $node {PORTS[user]} < /dev/null > /dev/null 2>&1; do sleep 0.1; done; done"
-    shown = _in_job(cluster, user, job, f"{wait}; ip -o addr show scope global | grep -v lo")
+    ask = f"nc -w 1 $node {PORTS[user]} < /dev/null > /dev/null 2>&1"
+    wait = f"for node in n1 n2; do until {ask}; do sleep 0.1; done; done"
+    shown = _in_job(cluster, user, job, f"{wait}; ip -o addr show scope global")
     addresses = re.findall(r"inet6? (\S+?)/", shown)
     own = set(cluster.run("getent ahosts n1; getent ahosts n2").stdout.split())
     return Tenant(user, job, PORTS[user], tuple(sorted(set(addresses) - own)))
 
 
 def _own_job_answers(cluster: Cluster, tenant: Tenant) -> None:
-    answer = "for node in n1 n2; do nc -w 2 $node PORT < /dev/null; done".replace("PORT", str(tenant.port))
+    """Ask the own service at each address of the job, from both nodes."""
+    answer = f"for address in {' '.join(tenant.addresses)}; do nc -w 2 $address {tenant.port} < /dev/null; done"
     shown = _in_job(cluster, tenant.user, tenant.job, answer).splitlines()
-    _check(shown == [f"hello from a job of {tenant.user}"] * 4, f"{tenant.user}'s own service: {shown}")
-    print(f"{tenant.user} asks the own job, from and to both nodes: {shown[0]!r}, 4 of 4 times")
+    wanted = 2 * len(tenant.addresses)
+    _check(shown == [f"hello from a job of {tenant.user}"] * wanted, f"{tenant.user}'s own service: {shown}")
+    print(f"{tenant.user} asks the own job at these addresses, from both nodes: {wanted} of {wanted} say {shown[0]!r}")
 
 
 def _other_job_does_not(cluster: Cluster, tenant: Tenant, other: Tenant) -> None:
     """Try every address of the other job, and the nodes' own, from inside the container and from outside."""
-    underlay = sorted(
-        set(re.findall(r"^(\S+)", cluster.run("getent ahosts n1; getent ahosts n2").stdout, re.MULTILINE))
-    )
+    shown = cluster.run("getent ahosts n1; getent ahosts n2").stdout
+    underlay = sorted(set(re.findall(r"^(\S+)", shown, re.MULTILINE)))
     targets = " ".join([*other.addresses, *underlay])
     attempt = (
-        f"for address in {targets}; do nc -w 1 $address {other.port} < /dev/null"
+        f"for address in {targets}; do {NETCAT} -w 1 $address {other.port} < /dev/null"
         f" && echo REACHED $address || echo $address: no answer; done 2> /dev/null"
     )
-    inside = _in_job(cluster, tenant.user, tenant.job, attempt)
-    outside = "".join(cluster.run(attempt, user=tenant.user, node=node).stdout for node in cluster.nodes)
+    # slurmd listens on the nodes: the same attempt has to reach it there, or it proves nothing.
+    control = f"{NETCAT} -w 1 $(hostname) {SLURMD_PORT} < /dev/null || exit 1; "
+    inside = _in_job(cluster, tenant.user, tenant.job, attempt.replace(NETCAT, "nc"))
+    attempts = [cluster.run(control + attempt, user=tenant.user, node=node) for node in cluster.nodes]
+    _check(all(one.returncode == 0 for one in attempts), "the attempts on the nodes cannot reach anything")
+    outside = "".join(one.stdout for one in attempts)
     tries = len(re.findall("no answer", inside + outside))
     print(f"{tenant.user} asks {other.user}'s job (port {other.port}) at {targets.replace(' ', ', ')}:")
     for place, text in (("in the container", inside), ("on the nodes, outside", outside)):
@@ -199,7 +209,7 @@ for turn in {" ".join(map(str, range(REPETITIONS)))}; do step bare ""; step cont
     cluster.await_idle()
     done = cluster.run(["salloc", "-Q", "-N2", "-n4", "bash", "-c", loop], user="usera", timeout=120)
     _check(done.returncode == 0, f"the measurement failed: {done.stderr}")
-    times = {"bare": [0.0][:0], "container": [0.0][:0]}
+    times = {"bare": list[float](), "container": list[float]()}
     for kind, microseconds in re.findall(r"^(\w+) (\d+)$", done.stdout, re.MULTILINE):
         times[kind].append(int(microseconds) / 1000)
     bare, container = (statistics.median(times[kind]) for kind in ("bare", "container"))

@@ -24,8 +24,8 @@ DIRECTORIES = ("etc", "proc", "sys", "dev", "run", "root", "home", "mnt", "opt",
 MERGED = {"bin": "usr/bin", "sbin": "usr/bin", "usr/sbin": "bin", "lib": "usr/lib", "lib64": "usr/lib64"}
 PROGRAMS = ("/bin/bash", "/sbin/ip")
 
-# `traffic CMD…` runs a command and tells what crossed the container's overlay device meanwhile; `tenant PORT CMD…` serves
-# a greeting on a port while a command runs. The first task of a node does the extra work.
+# `traffic CMD…` runs a command and tells what crossed the container's overlay device meanwhile; `tenant PORT CMD…`
+# serves a greeting on a port while a command runs. The first task of a node does the extra work.
 SCRIPTS = {
     "traffic": """\
 #!/bin/bash
@@ -45,11 +45,11 @@ exit $status
 #!/bin/bash
 port=$1; shift
 [ "${SLURM_LOCALID:-0}" = 0 ] || exec "$@"
-while :; do echo "hello from a job of $(id -un)" | busybox nc -l -p "$port"; done &
+busybox nc -ll -p "$port" -e echo "hello from a job of $(id -un)" > /dev/null 2>&1 &
 service=$!
 "$@"
 status=$?
-kill "$service" $(pgrep -P "$service")
+kill "$service"
 exit $status
 """,
 }

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from enclos.runtime.cluster.cluster import Cluster, ClusterError, clusters
 from enclos.runtime.cluster.demo import show
-from enclos.runtime.cluster.image import ImageError
+from enclos.runtime.cluster.image import ImageError, install
 from enclos.runtime.cluster.layout import DEFAULT_NAME, SUBMIT
 
 NEXT = """\
@@ -42,6 +42,10 @@ def parser() -> argparse.ArgumentParser:
     run = verbs.add_parser("run", parents=[where], help="run a command on the cluster")
     run.add_argument("words", nargs=argparse.REMAINDER, metavar="CMD", help="the command and its arguments")
     verbs.add_parser("shell", parents=[where], help="an interactive shell on the cluster")
+    image = verbs.add_parser("image", parents=[common], help="put the demo's image into /images of a cluster")
+    image.add_argument(
+        "--mpi", choices=("openmpi", "mpich"), default="openmpi", help="which MPI (default: %(default)s)"
+    )
     tour = verbs.add_parser("demo", help="the tour that `make demo` gives, on a fresh cluster of two nodes")
     tour.add_argument("--name", default="demo", help="name of its cluster (default: %(default)s)")
     tour.add_argument("--keep", action="store_true", help="leave the cluster up (as DEMO_KEEP=1)")
@@ -122,13 +126,20 @@ def shell(options: argparse.Namespace) -> int:
     return 0
 
 
+def image(options: argparse.Namespace) -> int:
+    """Make the image, put it where all nodes see it, and tell its path there."""
+    placed = install(Cluster.attach(options.name).layout.images, options.mpi)
+    print(f"/images/{placed.squashfs.name}")
+    return 0
+
+
 def demo(options: argparse.Namespace) -> int:
     """Show the main job."""
     keep = options.keep or os.environ.get("DEMO_KEEP", "") not in ("", "0")
     return show(options.name, keep)
 
 
-VERBS = {"demo": demo, "up": up, "down": down, "status": status, "run": run, "shell": shell}
+VERBS = {"image": image, "demo": demo, "up": up, "down": down, "status": status, "run": run, "shell": shell}
 
 if __name__ == "__main__":
     sys.exit(main())
