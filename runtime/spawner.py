@@ -24,6 +24,14 @@ log = logging.getLogger("enclosd")
 RESTART_PAUSE_SECONDS = 1.0
 
 
+def zygote_code() -> str:
+    """What the zygote's interpreter runs: it finds modules where this one does, also where `make install` put them.
+
+    Not `-m`, which would look into the working directory first: an administrator may start the agent anywhere.
+    """
+    return f"import sys; sys.path[:] = {sys.path!r}; from enclos.runtime.zygote import main; main()"
+
+
 class ChildDied(Exception):
     """The child ended, or could not be started, before it said what was expected of it."""
 
@@ -79,7 +87,7 @@ class Spawner:
         """Start the zygote and wait until it can fork; raises ChildDied when it can't be started."""
         mine, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         with theirs:
-            command = [sys.executable, "-m", "enclos.runtime.zygote", str(theirs.fileno())]
+            command = [sys.executable, "-I", "-c", zygote_code(), str(theirs.fileno())]
             self._process = subprocess.Popen(command, stdin=subprocess.DEVNULL, pass_fds=[theirs.fileno()])
         control = Connection(mine)
         if await control.receive() is None:
