@@ -9,7 +9,7 @@ import os
 from pathlib import Path
 
 import pytest
-from enclos.runtime import builder, config, errors, plan, policy, request
+from enclos.runtime import builder, config, errors, plan, policy, request, settings
 from enclos.runtime import operations as op
 from enclos.runtime.idmap import container_maps
 
@@ -99,7 +99,7 @@ def test_home_without_a_home_is_refused() -> None:
     wanted = request.parse({**FACTS, "home": [""], "option.mount-home": ["1"]})
     decision = policy.decide(wanted, config.parse(b"", "enclos.yaml", {}).config)
     with pytest.raises(errors.EnclosError, match="home"):
-        plan.make(wanted, decision, config.Config(), container_maps(1, 1, ()), plan.NodeFacts("/stage"))
+        plan.make(wanted, decision, settings.Config(), container_maps(1, 1, ()), plan.NodeFacts("/stage"))
 
 
 def test_the_sites_mounts_come_before_the_users() -> None:

@@ -33,8 +33,7 @@ def test_the_site_decides_where_the_user_says_nothing() -> None:
 
 def test_the_user_goes_before_the_default() -> None:
     text = "step: {default_network: job}\nrootfs: {writable: no, remap_root: yes}\nmounts: {home: yes}"
-    wishes = {"network": "none", "writable": "1", "remap_root": "0", "mount_home": "0"}
-    found = policy.decide(request(**wishes), settings(text))
+    found = policy.decide(request(network="none", writable="1", remap_root="0", mount_home="0"), settings(text))
     assert (found.network, found.writable, found.remap_root, found.mount_home) == ("none", True, False, False)
 
 
