@@ -9,6 +9,7 @@ DESTDIR ?=
 prefix ?= /usr/local
 sysconfdir ?= /etc
 unitdir ?= $(prefix)/lib/systemd/system
+mandir ?= $(prefix)/share/man
 libdir := $(prefix)/lib/enclos
 
 SPANK_SOURCES := $(wildcard spank/*.c spank/*.h spank/*.lds spank/Makefile)
@@ -83,9 +84,9 @@ install: $(SHIM) ## install for a site: DESTDIR=, prefix=/usr/local, sysconfdir=
 	    chmod 755 "$$program"; \
 	done
 	install -m 755 $(SHIM) $(DESTDIR)$(libdir)/spank_enclos.so
-	if [ -f build/enclos-noop ]; then install -m 755 build/enclos-noop $(DESTDIR)$(libdir)/; fi
 	test -e $(DESTDIR)$(sysconfdir)/enclos/enclos.yaml || install -m 644 conf/enclos.yaml $(DESTDIR)$(sysconfdir)/enclos/
-	for unit in conf/*.service; do [ ! -f "$$unit" ] || install -m 644 "$$unit" $(DESTDIR)$(unitdir)/; done
+	sed 's|^ExecStart=.*|ExecStart=$(prefix)/bin/enclosd|' conf/enclosd.service > $(DESTDIR)$(unitdir)/enclosd.service
+	for page in docs/man/*.[1-8]; do install -D -m 644 -t $(DESTDIR)$(mandir)/man$${page##*.} "$$page"; done
 	@echo 'plugstack.conf: required $(libdir)/spank_enclos.so'
 
 clean: ## remove what was built; the virtual environment stays
