@@ -96,8 +96,11 @@ class Jobs:
         """Remove the job's network at once, and forget the job; an unknown job is fine."""
         job = self._jobs.pop(job_id, None)
         if job is not None:
-            await self._remove_network(job)
-        self._journal.remove(f"job.{job_id}")
+            # A step that is making the network has to finish first, or what it makes would be nobody's.
+            async with job.making:
+                await self._remove_network(job)
+        if job_id not in self._jobs:
+            self._journal.remove(f"job.{job_id}")
 
     async def reconcile(self, busy: set[int]) -> list[int]:
         """End the jobs that slurmctld no longer has on this node: their epilog was missed.

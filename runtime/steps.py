@@ -88,6 +88,11 @@ class Step:
     def name(self) -> str:
         return f"{self.record['job']}.{self.record['step']}"
 
+    @property
+    def _record_name(self) -> str:
+        """With slurmstepd's pid: a requeued job has the same step again while the old one is cleaned up."""
+        return f"step.{self.name}.{self.record['stepd']}"
+
     def prepare(self) -> None:
         """Begin to build, where there is something to build."""
 
@@ -109,7 +114,7 @@ class Step:
         await self._sweep()
         await self.release()
         os.close(self.stepd_pidfd)
-        self._around.journal.remove(f"step.{self.name}")
+        self._around.journal.remove(self._record_name)
         log.info("step=%s ended after %.1f s", self.name, time.time() - self.record["started"])
 
     async def _sweep(self) -> None:
@@ -395,7 +400,7 @@ class NodeStep(Step):
         if self.mount_namespace() >= 0:
             mnt = os.fstat(self.mount_namespace())
             self.record["mnt"] = [mnt.st_dev, mnt.st_ino]
-        self._around.journal.write(f"step.{self.name}", self.record)
+        self._around.journal.write(self._record_name, self.record)
 
     def _set_state(self, state: str) -> None:
         self.record["state"] = state
