@@ -25,6 +25,8 @@ from enclos.runtime.spawner import ChildDied, Spawner
 log = logging.getLogger("enclosd")
 
 PROLOG_SECONDS = 0.3
+# Names and addresses travel in packets of 128 KiB, and a name has at most 64 bytes.
+NAMES_PER_CHILD = 1000
 
 
 @dataclass(slots=True)
@@ -210,6 +212,12 @@ class Jobs:
         known = underlay.known_addresses(node_names, pattern, family)
         if all(known):
             return known
+        found: list[str] = []
+        for start in range(0, len(node_names), NAMES_PER_CHILD):
+            found += await self._ask_resolver(node_names[start : start + NAMES_PER_CHILD], pattern, family)
+        return found
+
+    async def _ask_resolver(self, node_names: list[str], pattern: str, family: int) -> list[str]:
         wanted = [("pattern", pattern), ("family", str(int(family))), *(("name", name) for name in node_names)]
         child = self._spawner.spawn("resolve", wanted)
         try:
