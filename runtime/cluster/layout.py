@@ -32,17 +32,19 @@ def project_root() -> Path | None:
 
 
 def programs_path() -> Path:
-    """The folder with `enclos` and `enclosd`."""
-    return Path(sysconfig.get_path("scripts"))
+    """The folder with `enclos` and `enclosd`: beside the running program, or of the virtual environment."""
+    beside = Path(sys.argv[0]).resolve().parent
+    return beside if (beside / "enclosd").is_file() else Path(sysconfig.get_path("scripts"))
 
 
 def shim_path() -> Path | None:
-    """The Slurm plugin: named by ENCLOS_SHIM, built in the checkout, or installed."""
+    """The Slurm plugin: named by ENCLOS_SHIM, built in the checkout, or installed; None where there is none."""
     named = os.environ.get("ENCLOS_SHIM")
     root = project_root()
     candidates = [Path(named)] if named else []
     candidates += [root / "build" / "spank_enclos.so"] if root else []
-    candidates += [Path(sys.prefix) / "lib" / "enclos" / "spank_enclos.so", Path("/usr/lib/enclos/spank_enclos.so")]
+    # `make install` puts it beside the folder `python` that holds the package.
+    candidates += [Path(__file__).resolve().parents[4] / "spank_enclos.so"]
     return next((path for path in candidates if path.is_file()), None)
 
 

@@ -50,7 +50,7 @@ mount -t tmpfs -o mode=755,size=64m enclos-root "$state/root"
 cd "$state/root"
 for entry in /* /.[!.]*; do
     case $entry in
-    /etc|/home|/proc|/run|/tmp|/lost+found) ;;
+    /etc|/home|/proc|/run|/tmp|/shared|/images|/lost+found) ;;
     *)  if [ -L "$entry" ]; then cp -P "$entry" ".$entry"
         elif [ -d "$entry" ]; then mkdir ".$entry"; mount --rbind "$entry" ".$entry"
         fi ;;

@@ -71,8 +71,8 @@ def test_home_and_shared_are_the_same_everywhere(cluster: Cluster, usera: Run) -
     for node in cluster.nodes:
         assert usera("cat ~/note /shared/note", node).stdout == "home\nall\n"
     assert cluster.run("cat /home/usera/note", user="userb").returncode != 0
-    assert not Path("/home/usera").exists()
-    assert not Path("/shared").exists()
+    assert not Path("/home/usera/note").exists()
+    assert not Path("/shared/note").exists()
 
 
 def test_images_folder_is_roots(cluster: Cluster, usera: Run) -> None:
