@@ -14,12 +14,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
+from enclos.runtime.cluster.cluster import Cluster
+
 from benchmarks import command, loglines, machine
 from benchmarks.figures import Figures, differences, standing_apart
 from benchmarks.result import Chart, Claim, Result, Table
 from benchmarks.stopwatch import CommandFailed, Stopwatch
 from benchmarks.trial import BARE_PROGRAM, CONTAINER, IMAGE_PROGRAM, USER, trial
-from enclos.runtime.cluster.cluster import Cluster
 
 NAME = "launch"
 TITLE = "what a container adds to a step"

@@ -9,7 +9,8 @@ import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-STEP = re.compile(r"\bstep=(?P<step>\d+\.\d+) (?P<fields>.*?) ?(?P<marks>\S+@\d+\.\d+(?: \S+@\d+\.\d+)*): ?(?P<rest>.*)$")
+# A path may hold anything that marks hold, so they are looked for after the last field.
+STEP = re.compile(r"\bstep=(?P<step>\d+\.\d+) (?P<fields>uid=.* attempt=\d+) (?P<marks>[^:=]*): (?P<rest>.*)$")
 NETWORK = re.compile(r"\bjob=(?P<job>\d+) network made: .*?nodes=(?P<nodes>\d+) in (?P<ms>\d+\.\d+) ms")
 FIELD = re.compile(r"(\w+)=(\S+)")
 MARK = re.compile(r"(\S+)@(\d+\.\d+)")

@@ -59,5 +59,6 @@ def make_image(cluster: Cluster) -> None:
         outside = cluster.layout.shared / Path(BARE_PROGRAM).name
         outside.write_bytes(program.read_bytes())
         outside.chmod(0o755)
-        squash = ["mksquashfs", root, cluster.layout.images / Path(IMAGE).name]
-        subprocess.run([*squash, "-noappend", "-all-root", "-quiet", "-no-progress"], check=True, stdout=subprocess.DEVNULL)
+        squash = ["mksquashfs", str(root), str(cluster.layout.images / Path(IMAGE).name)]
+        squash += ["-noappend", "-all-root", "-quiet", "-no-progress"]
+        subprocess.run(squash, check=True, stdout=subprocess.DEVNULL)
