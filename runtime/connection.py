@@ -6,6 +6,7 @@ Used by the agent for the shim, for users and for its builders. asyncio's own st
 from __future__ import annotations
 
 import asyncio
+import select
 import socket
 from collections.abc import Sequence
 
@@ -30,6 +31,19 @@ class Connection:
                 await wait_readable(self._socket.fileno())
             except ConnectionError:
                 return None
+
+    def receive_now(self) -> protocol.Message | None:
+        """A packet that has arrived already; None when there is none."""
+        try:
+            return protocol.receive(self._socket)
+        except (BlockingIOError, ConnectionError):
+            return None
+
+    def hung_up(self) -> bool:
+        """True when the peer has closed, whether `receive` has said so yet or not."""
+        poller = select.poll()
+        poller.register(self._socket, 0)
+        return bool(poller.poll(0))
 
     def send(self, fields: protocol.Fields, fds: Sequence[int] = ()) -> bool:
         """Send without waiting; False when the peer is gone or does not read what it was sent."""

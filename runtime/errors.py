@@ -141,6 +141,15 @@ def image_wrong_kind(reference: str) -> EnclosError:
     )
 
 
+def image_has_mounts(reference: str) -> EnclosError:
+    """A directory with other file systems mounted below it: an overlay would show what they cover."""
+    return UserError(
+        _image(reference),
+        "image directory has other file systems mounted below it",
+        hint="give a directory without mounts inside, or make a squashfs file of it",
+    )
+
+
 def not_squashfs(reference: str) -> EnclosError:
     """The file does not start with a squashfs superblock."""
     return UserError(
@@ -161,10 +170,10 @@ def image_truncated(reference: str, expected: int, found: int) -> EnclosError:
 
 
 def image_damaged(reference: str, detail: str) -> EnclosError:
-    """The kernel refused to mount it."""
+    """The kernel refused to mount it, or to read files in it."""
     return UserError(
         _image(reference),
-        "image cannot be mounted",
+        "image cannot be read",
         detail,
         "possibly damaged, or its compression is not known to the node's kernel; build it again with gzip"
         " or zstd",
@@ -184,8 +193,11 @@ def image_untrusted(reference: str) -> EnclosError:
 # ---------------------------------------------------------------- mounts and directories
 
 
-def _mount(source: str, target: str) -> str:
-    return f"--container-mounts={source}:{target}" if source != target else f"--container-mounts={source}"
+MOUNTS = "--container-mounts"
+
+
+def _mount(source: str, target: str, option: str) -> str:
+    return f"{option}={source}:{target}" if source != target else f"{option}={source}"
 
 
 def bad_mount_syntax(text: str, detail: str) -> EnclosError:
@@ -197,27 +209,27 @@ def bad_mount_syntax(text: str, detail: str) -> EnclosError:
     )
 
 
-def mount_source_missing(source: str, target: str) -> EnclosError:
-    """Nothing there, seen with the user's rights."""
+def mount_source_missing(source: str, target: str, option: str = MOUNTS) -> EnclosError:
+    """Nothing there, seen with the user's rights. `option` is mounts.site for the site's own mounts."""
     return UserError(
-        _mount(source, target), "source path does not exist", hint="sources are looked up on the compute node"
+        _mount(source, target, option), "source path does not exist", hint="sources are looked up on the compute node"
     )
 
 
-def mount_source_denied(source: str, target: str) -> EnclosError:
-    """The user may not go there."""
+def mount_source_denied(source: str, target: str, option: str = MOUNTS) -> EnclosError:
+    """The user may not go there, or may do nothing with what is there."""
     return UserError(
-        _mount(source, target),
+        _mount(source, target, option),
         "source path is not accessible",
         "permission denied",
         "sources are opened with your rights on the compute node",
     )
 
 
-def mount_target_failed(source: str, target: str, number: int) -> EnclosError:
+def mount_target_failed(source: str, target: str, number: int, option: str = MOUNTS) -> EnclosError:
     """The place to mount on cannot be made or used."""
     return UserError(
-        _mount(source, target),
+        _mount(source, target, option),
         "couldn't mount at this target in the container",
         reason(number),
         "does the target exist in the image, and is it a directory if the source is one?",
@@ -462,6 +474,16 @@ def build_failed(operation: str, number: int) -> EnclosError:
         f"cannot be made: {operation}",
         reason(number),
         ADMIN + "journalctl -u enclosd; 'enclos check' tests all requirements",
+    )
+
+
+def journal_failed(directory: str, number: int) -> EnclosError:
+    """A record cannot be written, and nothing is made that could not be undone."""
+    return AdminError(
+        directory,
+        "the agent cannot write its records",
+        os.strerror(number).lower(),
+        ADMIN + "df -h /run; is it full or read-only?",
     )
 
 

@@ -13,6 +13,8 @@ import os
 from collections.abc import Iterator
 from typing import Any
 
+from enclos.runtime import errors
+
 log = logging.getLogger("enclosd")
 
 
@@ -22,20 +24,30 @@ class Journal:
     def __init__(self, directory: str) -> None:
         self._directory = directory
         os.makedirs(directory, 0o700, exist_ok=True)
+        for name in os.listdir(directory):
+            if name.endswith(".new"):
+                self.remove(name)
 
     def write(self, name: str, record: dict[str, Any]) -> None:
         """Write or replace a record; a reader sees the old or the new one, never half of it.
 
         Without fsync: after a power cut the directory is empty, and so is the kernel.
+
+        Raises:
+            EnclosError: journal_failed; a record that was there before is as it was.
         """
         path = os.path.join(self._directory, name)
-        with open(f"{path}.new", "w") as file:
-            json.dump(record, file)
-        os.rename(f"{path}.new", path)
+        try:
+            with open(f"{path}.new", "w") as file:
+                json.dump(record, file)
+            os.rename(f"{path}.new", path)
+        except OSError as error:
+            self.remove(f"{name}.new")
+            raise errors.journal_failed(self._directory, error.errno or 0) from error
 
     def remove(self, name: str) -> None:
         """Forget a record; a missing one is fine."""
-        with contextlib.suppress(FileNotFoundError):
+        with contextlib.suppress(FileNotFoundError, IsADirectoryError):
             os.unlink(os.path.join(self._directory, name))
 
     def read(self, kind: str) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -48,7 +60,7 @@ class Journal:
                     record = json.load(file)
                 if not isinstance(record, dict):
                     raise ValueError("not an object")
-            except ValueError as error:
+            except (ValueError, OSError) as error:
                 log.warning("journal record %s is damaged (%s), ignoring", name, error)
                 self.remove(name)
                 continue

@@ -54,6 +54,10 @@ class Child:
                 raise ChildDied
             if message.get("state") != "started":
                 return message
+            self._started(message)
+
+    def _started(self, message: protocol.Message) -> None:
+        if message.get("state") == "started":
             self.pid = message.number("pid")
             (self.pidfd,) = message.take_fds()
 
@@ -63,7 +67,14 @@ class Child:
             raise ChildDied
 
     def kill(self) -> None:
-        """SIGKILL; a user may have stopped the child, and this works on a stopped one too."""
+        """SIGKILL; a user may have stopped the child, and this works on a stopped one too.
+
+        Its pidfd may still lie unread in the channel.
+        """
+        with contextlib.suppress(protocol.ProtocolError):
+            while self.pidfd < 0 and (message := self.channel.receive_now()) is not None:
+                with message:
+                    self._started(message)
         if self.pidfd >= 0:
             with contextlib.suppress(ProcessLookupError):
                 signal.pidfd_send_signal(self.pidfd, signal.SIGKILL)
@@ -82,6 +93,7 @@ class Spawner:
         self._control: Connection | None = None
         self._process: subprocess.Popen[bytes] | None = None
         self._watch: asyncio.Task[None] | None = None
+        self._available = asyncio.Event()
 
     async def start(self) -> None:
         """Start the zygote and wait until it can fork; raises ChildDied when it can't be started."""
@@ -91,8 +103,11 @@ class Spawner:
             self._process = subprocess.Popen(command, stdin=subprocess.DEVNULL, pass_fds=[theirs.fileno()])
         control = Connection(mine)
         if await control.receive() is None:
+            control.close()
+            await asyncio.to_thread(self._process.wait)
             raise ChildDied
         self._control = control
+        self._available.set()
         self._watch = asyncio.create_task(self._restart_when_gone(control))
 
     async def _restart_when_gone(self, control: Connection) -> None:
@@ -100,19 +115,28 @@ class Spawner:
         await control.receive()
         control.close()
         self._control = None
+        self._available.clear()
         if self._process is not None:
             self._process.wait()
         log.warning("zygote ended, starting another")
         while True:
-            with contextlib.suppress(ChildDied):
+            try:
                 await self.start()
                 return
+            except (ChildDied, OSError) as error:
+                log.error("no zygote can be started (%s), trying again", error or "it ended")
             await asyncio.sleep(RESTART_PAUSE_SECONDS)
 
     @property
     def pid(self) -> int:
         """Process id of the zygote."""
         return self._process.pid if self._process is not None else 0
+
+    async def ready(self) -> None:
+        """Wait for a zygote, where the last one has died; its children saw that before this process does."""
+        while self._control is None or self._control.hung_up():
+            self._available.clear()
+            await self._available.wait()
 
     def spawn(self, task: str, fields: protocol.Fields = (), fds: Sequence[int] = ()) -> Child:
         """Ask for a child; the caller keeps its descriptors and closes the returned child.

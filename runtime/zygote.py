@@ -46,6 +46,9 @@ def _spawn(control: socket.socket, message: protocol.Message) -> None:
     try:
         if os.fork() == 0:
             _child(control, task, channel_fd, message, zygote_pid)
+    except OSError as error:
+        # No more processes or memory: the agent sees the closed channel; other children live on.
+        sys.stderr.write(f"enclos-zygote: cannot fork: {error.strerror}\n")
     finally:
         os.close(channel_fd)
 

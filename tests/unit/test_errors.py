@@ -53,6 +53,7 @@ SAMPLES: dict[str, tuple[object, ...]] = {
     "network_forbidden": ("none", ("host", "job")),
     "vni_in_use": (43,),
     "no_job_facts": (42,),
+    "journal_failed": ("/run/enclos/journal", errno.ENOSPC),
     "not_in_nodelist": ("n012",),
     "name_unknown": ("n013-ib",),
     "underlay_not_found": ("ib0: no such interface",),

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import logging
+import subprocess
 from pathlib import Path
 
 import pytest
+from enclos.runtime import errors
 from enclos.runtime.journal import Journal
 
 
@@ -48,6 +50,38 @@ def test_a_half_written_record_is_not_read(tmp_path: Path) -> None:
     journal = Journal(str(tmp_path))
     (tmp_path / "job.1.new").write_text('{"vni"')
     assert list(journal.read("job")) == []
+
+
+def test_a_half_written_record_is_gone_after_a_restart(tmp_path: Path) -> None:
+    (tmp_path / "job.1.new").write_text('{"vni"')
+    Journal(str(tmp_path))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_in_the_place_of_a_record_is_ignored(tmp_path: Path) -> None:
+    journal = Journal(str(tmp_path))
+    (tmp_path / "job.1").mkdir()
+    journal.write("job.2", {"vni": 3})
+    assert list(journal.read("job")) == [("job.2", {"vni": 3})]
+
+
+def test_no_space_is_an_error_in_words_and_keeps_the_old_record(tmp_path: Path) -> None:
+    """A record of a step's end must not be lost either: what was there is still readable."""
+    mount = tmp_path / "small"
+    mount.mkdir()
+    made = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k", "small", str(mount)], capture_output=True)
+    if made.returncode != 0:
+        pytest.skip("needs root")
+    try:
+        journal = Journal(str(mount))
+        journal.write("job.1", {"vni": 3})
+        (mount / "filler").write_bytes(b"x" * (64 * 1024 - 4096))
+        with pytest.raises(errors.EnclosError, match="cannot write its records .no space left on device"):
+            journal.write("job.1", {"vni": 4})
+        assert list(journal.read("job")) == [("job.1", {"vni": 3})]
+        assert sorted(path.name for path in mount.iterdir()) == ["filler", "job.1"]
+    finally:
+        subprocess.run(["umount", str(mount)], check=True)
 
 
 def test_only_root_may_look(tmp_path: Path) -> None:
