@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import pytest
@@ -18,7 +18,7 @@ from enclos.runtime.cluster import nodes
 from enclos.runtime.cluster.cluster import Cluster, ClusterError
 from enclos.runtime.cluster.layout import Layout
 from enclos.runtime.cluster.leftovers import await_same, snapshot
-from enclos.runtime.cluster.processes import pids_in
+from enclos.runtime.cluster.processes import Process, pids_in
 
 COMMAND = [sys.executable, "-m", "enclos.runtime.cluster.main"]
 
@@ -190,22 +190,31 @@ def test_two_clusters_side_by_side(make_cluster: Callable[..., Cluster], cluster
     assert cluster.run(["srun", "-N4", "true"]).returncode == 0
 
 
-def assert_gone(name: str, spaces: set[str]) -> None:
+def hold_namespaces(machines: Iterable[Process]) -> list[int]:
+    """Descriptors of machines' pid namespaces: while they are open, no other namespace gets the same number."""
+    return [os.open(f"/proc/{machine.pid}/ns/pid", os.O_RDONLY) for machine in machines]
+
+
+def assert_gone(name: str, held: list[int]) -> None:
     """Nothing of a cluster is left: state, processes in its pid namespaces, first processes with its cookie."""
+    spaces = [os.readlink(f"/proc/self/fd/{descriptor}") for descriptor in held]
+    left = [Path(f"/proc/{pid}/cmdline").read_bytes() for space in spaces for pid in pids_in(space)]
+    for descriptor in held:
+        os.close(descriptor)
     assert not Layout(name).state.exists()
-    assert [pid for space in spaces for pid in pids_in(space)] == []
+    assert left == []
     assert nodes.find_stray_inits(Layout(name)) == []
 
 
 def test_down_leaves_nothing(make_cluster: Callable[..., Cluster]) -> None:
     before = machine_state()
     doomed = make_cluster(2)
-    spaces = {doomed.namespaces(node)["pid"] for node in (None, *doomed.nodes)}
+    held = hold_namespaces(doomed.record.machines.values())
     assert machine_state() == before
     # A daemon of a user that gets away from everything Slurm knows.
     doomed.run("setsid -f sleep 1000 < /dev/null > /dev/null 2>&1", user="usera", node="n1")
     doomed.down()
-    assert_gone(doomed.name, spaces)
+    assert_gone(doomed.name, held)
     assert machine_state() == before
     assert command("down", "--name", doomed.name).returncode == 0
 
@@ -213,11 +222,11 @@ def test_down_leaves_nothing(make_cluster: Callable[..., Cluster]) -> None:
 @pytest.mark.parametrize("victim", ["submit", "n1", "munged", "slurmctld", "n1.slurmd"])
 def test_down_after_a_crash_leaves_nothing(make_cluster: Callable[..., Cluster], victim: str) -> None:
     doomed = make_cluster(2)
-    spaces = {doomed.namespaces(node)["pid"] for node in (None, *doomed.nodes)}
+    held = hold_namespaces(doomed.record.machines.values())
     process = {**doomed.record.machines, **doomed.record.daemons}[victim]
     process.kill()
     Cluster.remove(doomed.name)
-    assert_gone(doomed.name, spaces)
+    assert_gone(doomed.name, held)
 
 
 @pytest.mark.parametrize("delay_ms", [20, 60, 120, 200, 300])
@@ -229,10 +238,9 @@ def test_up_killed_half_way_is_cleaned_by_down(delay_ms: int) -> None:
             time.sleep(0.005)
         time.sleep(delay_ms / 1000)
         up.kill()
-    inits = nodes.find_stray_inits(Layout(name))
-    spaces = {os.readlink(f"/proc/{init.pid}/ns/pid") for init in inits}
+    held = hold_namespaces(nodes.find_stray_inits(Layout(name)))
     assert command("down", "--name", name).returncode == 0
-    assert_gone(name, spaces)
+    assert_gone(name, held)
 
 
 def test_a_record_with_foreign_pids_kills_nobody(make_cluster: Callable[..., Cluster]) -> None:
