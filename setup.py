@@ -19,5 +19,6 @@ PACKAGES = {
 setup(
     packages=list(PACKAGES),
     package_dir=PACKAGES,
+    package_data={"enclos.runtime.cluster": ["*.c"]},
     cffi_modules=["runtime/linux/build.py:ffibuilder"],
 )
