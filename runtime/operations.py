@@ -140,11 +140,7 @@ class OpenImage:
             if stat.S_ISREG(status.st_mode):
                 self._check(fd)
         if stat.S_ISDIR(status.st_mode):
-            builder.image_is_directory = True
-            builder.keep("lower", linux.clone_tree("", fd, recursive=True))
-            linux.set_attributes(
-                builder.fds["lower"], MOUNT_ATTR_NOSUID | MOUNT_ATTR_NODEV, propagation=MS_SLAVE, recursive=True
-            )
+            builder.image_is_directory = True  # CloneDirectoryImage goes on with it.
         elif stat.S_ISREG(status.st_mode):
             if not self.trust_user_files and (status.st_uid != 0 or status.st_mode & 0o022):
                 raise errors.image_untrusted(self.path)
@@ -156,7 +152,7 @@ class OpenImage:
     def _open(self) -> int:
         try:
             # Non-blocking: a FIFO by that name must not hold up the build.
-            return os.open(self.path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY)
+            return _open_as_user(self.path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY)
         except OSError as error:
             if error.errno in (errno.EACCES, errno.EPERM):
                 raise errors.image_not_readable(self.path) from error
@@ -330,6 +326,37 @@ class EnterNamespaces:
 
 
 @dataclass(frozen=True, slots=True)
+class CloneDirectoryImage:
+    """Make an image that is a directory the lower layer; for other images there is nothing to do.
+
+    Cloned as the user, in his own mount namespace, where the mounts below it are locked: an overlay shows what
+    lies under them, which the host may have hidden. With such mounts the kernel refuses.
+    """
+
+    path: str
+
+    def describe(self) -> str:
+        return f"take the image {self.path} if it is a directory"
+
+    def execute(self, builder: Builder) -> None:
+        if not builder.image_is_directory:
+            return
+        try:
+            fd = _open_as_user(self.path, os.O_PATH | os.O_DIRECTORY)
+        except OSError as error:
+            raise errors.image_not_readable(self.path) from error
+        try:
+            lower = builder.keep("lower", linux.clone_tree("", fd, recursive=False))
+        except OSError as error:
+            if error.errno == errno.EINVAL:
+                raise errors.image_has_mounts(self.path) from error
+            raise
+        finally:
+            os.close(fd)
+        linux.set_attributes(lower, MOUNT_ATTR_NOSUID | MOUNT_ATTR_NODEV, propagation=MS_PRIVATE)
+
+
+@dataclass(frozen=True, slots=True)
 class CloneSource:
     """Take a mount source, looked up by the user in his own mount namespace, as a detached copy of its tree.
 
@@ -371,9 +398,9 @@ class CloneSource:
         try:
             try:
                 # O_DIRECTORY first: with O_PATH alone the last component's automount would not be triggered.
-                return os.open(self.source, os.O_PATH | os.O_CLOEXEC | os.O_DIRECTORY)
+                return _open_as_user(self.source, os.O_PATH | os.O_DIRECTORY)
             except NotADirectoryError:
-                return os.open(self.source, os.O_PATH | os.O_CLOEXEC)
+                return _open_as_user(self.source, os.O_PATH)
         except OSError as error:
             if error.errno in (errno.EACCES, errno.EPERM):
                 raise errors.mount_source_denied(self.source, self.target) from error
@@ -561,6 +588,15 @@ class CheckWorkdir:
             raise errors.workdir_missing(self.path) from error
         if not os.access(self.path, os.X_OK):
             raise errors.workdir_missing(self.path)
+
+
+def _open_as_user(path: str, flags: int) -> int:
+    """Open a path that the user named.
+
+    Not by way of /proc's magic links: /proc/self is the builder there, whose descriptors (the staged mounts, the
+    channel) are none of the user's business.
+    """
+    return linux.openat2(linux.AT_FDCWD, path, flags, resolve=linux.RESOLVE_NO_MAGICLINKS)
 
 
 def _replace(builder: Builder, path: str, content: bytes) -> None:

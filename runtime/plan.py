@@ -91,6 +91,7 @@ def _early(
     yield op.BecomeUser()
     yield op.EnterUserNamespace(maps.uid_map, maps.gid_map)
     yield op.EnterNamespaces()
+    yield op.CloneDirectoryImage(request.image_path())
     for index, mount in enumerate(binds):
         yield _clone(index, mount)
     targets = (*FIXED_TARGETS, f"{home}/", *slurm_directories(request), *(mount.target for mount in mounts))

@@ -31,6 +31,7 @@ SAMPLES: dict[str, tuple[object, ...]] = {
     "image_not_found": (IMAGE,),
     "image_not_readable": (IMAGE,),
     "image_wrong_kind": ("/dev/null",),
+    "image_has_mounts": ("/images/mpi",),
     "not_squashfs": ("/images/notes.txt",),
     "image_truncated": (IMAGE, 81920, 4096),
     "image_damaged": (IMAGE, "input/output error"),
