@@ -1,0 +1,161 @@
+"""The users' socket, served by a process that the agent can do without.
+
+A descriptor that a user sends along is released by whoever receives it, and that can take as long as he likes: closing
+a TCP socket waits for SO_LINGER, closing a file waits for its file system. So the agent never touches what users
+connect to. This process takes their packets, and passes on who asks and what; it has no rights, and bounds what one
+user can hold. Root's commands use the agent's own socket and never depend on it.
+
+Between it and the agent, one packet each way per request:
+
+    visitors -> agent   id, uid, and the user's fields with `request.` before their names
+    agent -> visitors   id, and the fields of the reply
+"""
+
+from __future__ import annotations
+
+import select
+import socket
+import time
+from collections import Counter, deque
+
+from enclos.runtime import protocol
+from enclos.runtime.protocol import Message
+from enclos.runtime.relays import drop_privileges
+
+CONNECTIONS = 256
+CONNECTIONS_PER_USER = 16
+REQUEST_BYTES = 4096
+IDLE_SECONDS = 10.0
+OUTSTANDING = 16
+"""Requests that the agent has not answered yet. Few enough to fit into the channel: sending never blocks."""
+PREFIX = "request."
+
+
+def run(channel: socket.socket, request: Message) -> int:
+    """The task `visitors`: `uid`, and the listening socket. Serves until the agent closes the channel."""
+    (listener_fd,) = request.take_fds()
+    with socket.socket(fileno=listener_fd) as listener:
+        drop_privileges(request.number("uid"))
+        _Desk(channel, listener).run()
+    return 0
+
+
+class _Visitor:
+    """One connection: at most one of its requests is on its way."""
+
+    __slots__ = ("connection", "deadline", "uid")
+
+    def __init__(self, connection: socket.socket, uid: int) -> None:
+        self.connection = connection
+        self.uid = uid
+        self.deadline = time.monotonic() + IDLE_SECONDS
+
+
+class _Desk:
+    """The poll loop."""
+
+    def __init__(self, channel: socket.socket, listener: socket.socket) -> None:
+        self._channel = channel
+        self._listener = listener
+        self._poll = select.epoll()
+        self._visitors: dict[int, _Visitor] = {}
+        self._held: Counter[int] = Counter()
+        self._waiting: deque[tuple[int, protocol.Fields]] = deque()
+        self._asked: dict[int, _Visitor] = {}
+        self._count = 0
+
+    def run(self) -> None:
+        """Until the agent is gone."""
+        self._listener.setblocking(False)
+        self._poll.register(self._channel, select.EPOLLIN)
+        self._poll.register(self._listener, select.EPOLLIN)
+        while True:
+            for fd, _ in self._poll.poll(self._patience()):
+                if fd == self._channel.fileno():
+                    if not self._answer():
+                        return
+                elif fd == self._listener.fileno():
+                    self._admit()
+                elif fd in self._visitors:
+                    self._listen_to(fd)
+            self._dismiss_idle()
+            self._ask()
+
+    def _patience(self) -> float | None:
+        """Seconds until the next visitor has been idle for too long; an empty desk does not wake up."""
+        if not self._visitors:
+            return None
+        return max(0.0, min(visitor.deadline for visitor in self._visitors.values()) - time.monotonic())
+
+    def _admit(self) -> None:
+        try:
+            connection, _ = self._listener.accept()
+        except OSError:
+            return
+        _, uid, _ = protocol.peer_credentials(connection)
+        if len(self._visitors) >= CONNECTIONS or self._held[uid] >= CONNECTIONS_PER_USER:
+            connection.close()
+            return
+        connection.setblocking(False)
+        self._visitors[connection.fileno()] = _Visitor(connection, uid)
+        self._held[uid] += 1
+        self._poll.register(connection, select.EPOLLIN)
+
+    def _listen_to(self, fd: int) -> None:
+        """Take one request; whoever sends anything else is shown the door."""
+        visitor = self._visitors[fd]
+        try:
+            packet, _, flags, _ = visitor.connection.recvmsg(REQUEST_BYTES)
+            if not packet or flags & socket.MSG_TRUNC:
+                raise protocol.ProtocolError("no request")
+            fields = [(PREFIX + key, value) for key, values in protocol.decode(packet).items() for value in values]
+        except BlockingIOError:
+            return
+        except (OSError, protocol.ProtocolError):
+            self._dismiss(fd)
+            return
+        self._poll.modify(fd, 0)
+        self._waiting.append((fd, fields))
+        visitor.deadline = time.monotonic() + IDLE_SECONDS
+
+    def _ask(self) -> None:
+        """Pass on what waits, as far as the agent keeps up."""
+        while self._waiting and len(self._asked) < OUTSTANDING:
+            fd, fields = self._waiting.popleft()
+            visitor = self._visitors.get(fd)
+            if visitor is None:
+                continue
+            self._count += 1
+            self._asked[self._count] = visitor
+            protocol.send(self._channel, [("id", str(self._count)), ("uid", str(visitor.uid)), *fields])
+
+    def _answer(self) -> bool:
+        """Hand the agent's reply to its visitor, if he is still there; False when the agent is gone."""
+        message = protocol.receive(self._channel)
+        if message is None:
+            return False
+        with message:
+            visitor = self._asked.pop(message.number("id"))
+            fields = [(key, value) for key, values in message.values.items() if key != "id" for value in values]
+        fd = visitor.connection.fileno()
+        if fd < 0:
+            return True
+        try:
+            protocol.send(visitor.connection, fields)
+            self._poll.modify(fd, select.EPOLLIN)
+        except OSError:
+            self._dismiss(fd)
+        return True
+
+    def _dismiss_idle(self) -> None:
+        now = time.monotonic()
+        for fd in [fd for fd, visitor in self._visitors.items() if visitor.deadline <= now]:
+            self._dismiss(fd)
+
+    def _dismiss(self, fd: int) -> None:
+        visitor = self._visitors.pop(fd)
+        self._held[visitor.uid] -= 1
+        if not self._held[visitor.uid]:
+            del self._held[visitor.uid]
+        self._poll.unregister(fd)
+        visitor.connection.close()
