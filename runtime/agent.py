@@ -10,21 +10,20 @@ import asyncio
 import json
 import logging
 import os
+import socket
 import time
-from collections import Counter
 from typing import Any
 
 from enclos.runtime import errors, protocol, request
 from enclos.runtime.connection import Connection
 from enclos.runtime.controller import JobFacts
+from enclos.runtime.spawner import RESTART_PAUSE_SECONDS, Child, ChildDied
 from enclos.runtime.steps import JoinReply, NodeStep, Step, Surroundings
+from enclos.runtime.visitors import PREFIX
 
 import enclos
 
 log = logging.getLogger("enclosd")
-
-USER_CONNECTIONS = 16
-USER_SECONDS = 30.0
 
 # Parts of the reply to JOIN, in the order in which the shim needs them.
 DESCRIPTOR_ORDER = ("net", "user", "mnt", "ipc", "uts", "seccomp")
@@ -38,7 +37,6 @@ class Agent:
         self._config_path = config_path
         self._started = time.time()
         self._steps: dict[tuple[int, int], Step] = {}
-        self._user_connections: Counter[int] = Counter()
         self._watchers: set[asyncio.Task[None]] = set()
 
     # --- the shim ---------------------------------------------------------------------------------------------
@@ -70,6 +68,8 @@ class Agent:
                     return [], []
                 case "join":
                     return _joined(await self._join(message))
+                case "ps" | "status" | "gc":
+                    return await self._answer_user(message, 0), []
                 case verb:
                     raise errors.bad_request(f"verb={verb[:32]}")
         except errors.EnclosError as error:
@@ -139,28 +139,36 @@ class Agent:
 
     # --- users ------------------------------------------------------------------------------------------------
 
-    async def serve_user(self, connection: Connection) -> None:
-        """Serve one connection of the command line; who asks is known from the kernel.
+    async def serve_visitors(self, listener: socket.socket) -> None:
+        """Keep a process (visitors.py) that serves the users' socket, and answer what it passes on."""
+        spawner = self.around.spawner
+        while True:
+            await spawner.ready()
+            try:
+                uid = self.around.config.network.relay_uid
+                desk = spawner.spawn("visitors", [("uid", str(uid))], [listener.fileno()])
+            except ChildDied:
+                continue
+            try:
+                await self._answer_visitors(desk)
+            except ChildDied:
+                log.warning("the process that serves users ended, starting another")
+            finally:
+                desk.close()
+            await asyncio.sleep(RESTART_PAUSE_SECONDS)
 
-        A user's connections are few and short-lived: else one could use up the agent's descriptors.
-        """
-        _, uid, _ = connection.peer()
-        if self._user_connections[uid] >= USER_CONNECTIONS:
-            return
-        self._user_connections[uid] += 1
-        try:
-            async with asyncio.timeout(USER_SECONDS):
-                while (message := await connection.receive()) is not None:
-                    with message:
-                        reply = await self._answer_user(message, uid)
-                    if not connection.send([("version", str(protocol.VERSION)), *reply]):
-                        return
-        except (TimeoutError, protocol.ProtocolError):
-            return
-        finally:
-            self._user_connections[uid] -= 1
-            if not self._user_connections[uid]:
-                del self._user_connections[uid]
+    async def _answer_visitors(self, desk: Child) -> None:
+        """Raises ChildDied when that process has ended."""
+        while True:
+            with await desk.receive() as message:
+                fields = message.values.items()
+                asked = {key[len(PREFIX) :]: values for key, values in fields if key.startswith(PREFIX)}
+                reply = await self._answer_user(protocol.Message(asked), message.number("uid"))
+                named = [("id", message.get("id")), ("version", str(protocol.VERSION)), *reply]
+            if not await desk.channel.deliver(named):
+                raise ChildDied
+            # Steps come first, however fast users ask.
+            await asyncio.sleep(0)
 
     async def _answer_user(self, message: protocol.Message, uid: int) -> list[tuple[str, str]]:
         try:
@@ -204,7 +212,7 @@ class Agent:
 def _check_version(message: protocol.Message) -> None:
     """Both sides must have a version in common (docs/protocol.md)."""
     newest = message.number("version")
-    oldest = int(message.get("oldest", str(newest)))
+    oldest = message.number("oldest") if message.get("oldest") else newest
     if newest < protocol.OLDEST_VERSION or oldest > protocol.VERSION:
         raise errors.bad_request(f"version={newest}")
 

@@ -53,6 +53,18 @@ class Connection:
             return False
         return True
 
+    async def deliver(self, fields: protocol.Fields) -> bool:
+        """Send, waiting while the peer's queue is full; False when the peer is gone."""
+        while True:
+            try:
+                protocol.send(self._socket, fields)
+            except BlockingIOError:
+                await _wait_writable(self._socket.fileno())
+            except ConnectionError:
+                return False
+            else:
+                return True
+
     def peer(self) -> tuple[int, int, int]:
         """(pid, uid, gid) of the peer at the time it connected."""
         return protocol.peer_credentials(self._socket)
@@ -70,6 +82,16 @@ async def wait_readable(fd: int) -> None:
         await ready
     finally:
         loop.remove_reader(fd)
+
+
+async def _wait_writable(fd: int) -> None:
+    loop = asyncio.get_running_loop()
+    ready: asyncio.Future[None] = loop.create_future()
+    loop.add_writer(fd, _set, ready)
+    try:
+        await ready
+    finally:
+        loop.remove_writer(fd)
 
 
 def _set(ready: asyncio.Future[None]) -> None:

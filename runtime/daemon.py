@@ -36,6 +36,8 @@ RUN_DIRECTORY = "/run/enclos"
 AGENT_SOCKET = f"{RUN_DIRECTORY}/agent.sock"
 USER_SOCKET = f"{RUN_DIRECTORY}/user.sock"
 BACKLOG = 1024
+SO_PASSRIGHTS = 83
+ACCEPT_PAUSE_SECONDS = 0.1
 
 
 def main() -> None:
@@ -150,7 +152,7 @@ async def _serve(agent: Agent, gate: guard.Guard) -> None:
     with _listen(AGENT_SOCKET, 0o600) as shim_socket, _listen(USER_SOCKET, 0o666) as user_socket:
         background = [
             asyncio.create_task(_accept(shim_socket, agent.serve_shim)),
-            asyncio.create_task(_accept(user_socket, agent.serve_user)),
+            asyncio.create_task(agent.serve_visitors(user_socket)),
             asyncio.create_task(_mend_guard(gate)),
             asyncio.create_task(_reconcile(agent)),
         ]
@@ -173,6 +175,10 @@ def _listen(path: str, mode: int) -> socket.socket:
     finally:
         os.umask(before)
     os.chmod(path, mode)
+    if mode & 0o006:
+        # Refuses descriptors where they are sent (Linux 6.16); for older kernels see visitors.py.
+        with contextlib.suppress(OSError):
+            listener.setsockopt(socket.SOL_SOCKET, SO_PASSRIGHTS, 0)
     listener.listen(BACKLOG)
     listener.setblocking(False)
     return listener
@@ -182,7 +188,13 @@ async def _accept(listener: socket.socket, serve: Callable[[Connection], Awaitab
     loop = asyncio.get_running_loop()
     serving: set[asyncio.Task[None]] = set()
     while True:
-        connected, _ = await loop.sock_accept(listener)
+        try:
+            connected, _ = await loop.sock_accept(listener)
+        except OSError as error:
+            # Out of descriptors or memory: whoever waits is served when there is room again.
+            log.error("cannot accept a connection: %s", error)
+            await asyncio.sleep(ACCEPT_PAUSE_SECONDS)
+            continue
         task = asyncio.create_task(_serve_one(connected, serve))
         serving.add(task)
         task.add_done_callback(serving.discard)

@@ -23,7 +23,7 @@ def run(channel: socket.socket, request: Message) -> int:
     stepd_pidfd, *listener_fds = request.take_fds()
     listeners = [socket.socket(fileno=fd) for fd in listener_fds]
     targets = [_address(listener) for listener in listeners]
-    _drop_privileges(uid)
+    drop_privileges(uid)
     send(channel, [("state", "serving")])
     channel.close()
     relay.serve(listeners, targets, stepd_pidfd)
@@ -45,7 +45,8 @@ def _address(listener: socket.socket) -> tuple[str, int]:
     return address, port
 
 
-def _drop_privileges(uid: int) -> None:
+def drop_privileges(uid: int) -> None:
+    """Become a user who owns nothing, for good."""
     linux.drop_bounding_set(0)
     linux.keep_capabilities_and_become(uid, uid, (), 0)
     linux.set_no_new_privileges()

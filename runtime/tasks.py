@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 # operations: a plan is made of them, and a builder that had to import them would spend 20 ms on it.
-from enclos.runtime import builder, operations, relays, sweep
+from enclos.runtime import builder, operations, relays, sweep, visitors
 from enclos.runtime.protocol import Message
 
 
@@ -32,5 +32,6 @@ TASKS = {
         Task("relay", relays.run, False),
         Task("sweep", sweep.run, True),
         Task("resolve", relays.resolve, True),
+        Task("visitors", visitors.run, True),
     )
 }

@@ -7,21 +7,26 @@ what to show. Must not hold what verbs print.
 from __future__ import annotations
 
 import json
+import os
 import socket
 from typing import Any
 
 from enclos.runtime import errors, protocol
 
 USER_SOCKET = "/run/enclos/user.sock"
+AGENT_SOCKET = "/run/enclos/agent.sock"
 ANSWER_SECONDS = 5.0
 
 
-def ask(verb: str, path: str = USER_SOCKET, *, timeout_seconds: float = ANSWER_SECONDS, **fields: str) -> Any:  # noqa: ANN401  # whatever JSON holds
+def ask(verb: str, path: str = "", *, timeout_seconds: float = ANSWER_SECONDS, **fields: str) -> Any:  # noqa: ANN401  # whatever JSON holds
     """Send one request and return the JSON of its answer.
+
+    Root asks the agent itself, so that no user can stand in the way.
 
     Raises:
         EnclosError: agent_not_running, agent_silent, or the agent's own error in its words.
     """
+    path = path or (AGENT_SOCKET if os.geteuid() == 0 else USER_SOCKET)
     with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_CLOEXEC) as connection:
         connection.settimeout(timeout_seconds)
         try:
