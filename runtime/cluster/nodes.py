@@ -13,6 +13,7 @@ import fcntl
 import os
 import shlex
 import signal
+import stat
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
@@ -74,6 +75,12 @@ number=0
 for kept in $hidden; do
     mkdir ".kept/$number"
     mount --rbind "$kept" ".kept/$number"
+    # A folder that only root may enter (as mktemp -d makes them) gets the mode of an overlay's upper layer.
+    if [ "$(stat -c %a "$kept" | tail -c 2)" -lt 5 ]; then
+        mkdir ".kept/upper$number" ".kept/work$number"
+        layers="lowerdir=$kept,upperdir=$PWD/.kept/upper$number,workdir=$PWD/.kept/work$number"
+        mount -t overlay -o "$layers" overlay ".kept/$number"
+    fi
     number=$((number + 1))
 done
 mount --rbind /proc proc
@@ -97,6 +104,7 @@ if [ -d /sys/fs/cgroup ]; then
 fi
 rmdir /run/carried
 if [ -d /dev/mqueue ]; then mount -t mqueue mqueue /dev/mqueue; fi
+for folder in $closed; do mount -t tmpfs -o mode=755,nosuid,nodev tmpfs "$folder"; done
 number=0
 for kept in $hidden; do
     mkdir -p "$kept"
@@ -113,16 +121,35 @@ mount --bind /run/hostname /etc/hostname
 
 
 def hidden_paths() -> list[Path]:
-    """Folders the cluster needs although they lie below /tmp or /run, which are each machine's own."""
+    """Folders the cluster needs although its machines or its users would not find them.
+
+    They lie below /tmp or /run, which are each machine's own, or below a folder that only root may enter.
+    """
     wanted = [Path(sys.prefix), Path(__file__).resolve().parents[2]]
     root = project_root()
     wanted += [root] if root else []
     hidden: list[Path] = []
     for path in sorted(set(wanted)):
-        below = path.is_relative_to("/tmp") or path.is_relative_to("/run")
-        if below and not any(path.is_relative_to(one) for one in hidden):
+        own = path.is_relative_to("/tmp") or path.is_relative_to("/run")
+        needed = own or closed_folder(path) is not None or not _may_enter(path)
+        if needed and not any(path.is_relative_to(one) for one in hidden):
             hidden.append(path)
     return hidden
+
+
+def closed_folder(path: Path) -> Path | None:
+    """The topmost folder above a path that only root and its owner may enter, such as /root; None if there is none."""
+    return next((folder for folder in reversed(path.parents) if not _may_enter(folder)), None)
+
+
+def _may_enter(folder: Path) -> bool:
+    return bool(folder.stat().st_mode & stat.S_IXOTH)
+
+
+def _closed_folders() -> set[Path]:
+    """What has to be covered by an empty folder for the hidden paths to be reached; /tmp and /run are covered anyway."""
+    found = {closed_folder(path) for path in hidden_paths()}
+    return {folder for folder in found if folder and not (folder.is_relative_to("/tmp") or folder.is_relative_to("/run"))}
 
 
 def _script(layout: Layout, hostname: str, *parts: str) -> str:
@@ -130,6 +157,7 @@ def _script(layout: Layout, hostname: str, *parts: str) -> str:
         "state": str(layout.state),
         "hostname": hostname,
         "cookie": f"{layout.state}/{hostname}",
+        "closed": " ".join(str(path) for path in _closed_folders()),
         "hidden": " ".join(str(path) for path in hidden_paths()),
     }
     head = "".join(f"{name}={shlex.quote(value)}\n" for name, value in values.items())
