@@ -46,6 +46,7 @@ class Builder:
     groups: tuple[int, ...]
     user_name: str = ""
     group_names: list[tuple[str, int]] = field(default_factory=list)
+    image_path: str = ""
     image_is_directory: bool = False
     rootfs_limit: str = ""
     texts: dict[str, bytes] = field(default_factory=dict)
@@ -62,6 +63,8 @@ class Builder:
             except OSError as error:
                 if error.errno == errno.ENOSPC and self.rootfs_limit:
                     raise errors.rootfs_full(self.rootfs_limit) from error
+                if error.errno == errno.EIO and self.rootfs_limit:
+                    raise errors.image_damaged(self.image_path, errors.reason(errno.EIO)) from error
                 raise errors.build_failed(operation.describe(), error.errno or 0) from error
             self.timings.append((type(operation).__name__, (time.perf_counter() - begin) * 1e3))
 

@@ -9,6 +9,7 @@ Limits on number and length bound what a user can make the agent keep.
 
 from __future__ import annotations
 
+import posixpath
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -112,6 +113,8 @@ def _parse_entry(entry: str, cwd: str) -> Mount:
     elif not target:
         raise errors.bad_mount_syntax(entry, "tmpfs needs a target")
     _check_path(target, "mount target must be an absolute path", entry)
+    if posixpath.normpath(target).strip("/") == "":
+        raise errors.bad_mount_syntax(entry, "the container's root can't be a target")
     read_only, recursive, options = _parse_flags(flags, kind, entry)
     return Mount("" if kind == "tmpfs" else source, target, kind, read_only, recursive, options, entry)
 

@@ -34,6 +34,9 @@ from enclos.runtime.linux import (
 
 NOT_ALONE = "the source has other mounts below it, which 'bind' would uncover; use 'rbind'"
 
+# ENOSPC is how the kernel words a limit of user namespaces (user_namespaces(7)).
+NO_NAMESPACES = (errno.ENOSPC, errno.EPERM, errno.EUSERS)
+
 
 class Operation(Protocol):
     """One step of making a container."""
@@ -134,6 +137,7 @@ class OpenImage:
         return f"open image {self.path}"
 
     def execute(self, builder: Builder) -> None:
+        builder.image_path = self.path
         with builder.as_user():
             fd = builder.keep("image", self._open())
             status = os.fstat(fd)
@@ -181,7 +185,12 @@ class OpenImage:
             mount_fd = self._attach_loop(builder, fd, key)
         if idmap_fd < 0:
             maps = f"0 {builder.uid} 1\n", f"0 {builder.gid} 1\n"
-            idmap_fd = builder.keep("idmap", linux.userns_with_map(*maps))
+            try:
+                idmap_fd = builder.keep("idmap", linux.userns_with_map(*maps))
+            except OSError as error:
+                if error.errno in NO_NAMESPACES:
+                    raise errors.userns_forbidden(_words(error)) from error
+                raise
             builder.give("idmap", idmap_fd)
         lower = builder.keep("lower", linux.clone_tree("", mount_fd, recursive=False))
         attributes = MOUNT_ATTR_IDMAP | MOUNT_ATTR_NOSUID | MOUNT_ATTR_NODEV | MOUNT_ATTR_RDONLY
@@ -299,8 +308,7 @@ class EnterUserNamespace:
         try:
             linux.unshare(CLONE_NEWUSER)
         except OSError as error:
-            # ENOSPC is how the kernel words a limit of user namespaces (user_namespaces(7)).
-            if error.errno in (errno.ENOSPC, errno.EPERM, errno.EUSERS):
+            if error.errno in NO_NAMESPACES:
                 raise errors.userns_forbidden(_words(error)) from error
             raise
         builder.need("map", ("uid_map", self.uid_map), ("gid_map", self.gid_map)).close()
@@ -371,6 +379,7 @@ class CloneSource:
     attributes: int = MOUNT_ATTR_NOSUID | MOUNT_ATTR_NODEV
     private: bool = False
     optional: bool = False
+    option: str = "--container-mounts"
 
     def describe(self) -> str:
         kind = "recursively" if self.recursive else "alone"
@@ -398,15 +407,27 @@ class CloneSource:
         try:
             try:
                 # O_DIRECTORY first: with O_PATH alone the last component's automount would not be triggered.
-                return _open_as_user(self.source, os.O_PATH | os.O_DIRECTORY)
+                fd = _open_as_user(self.source, os.O_PATH | os.O_DIRECTORY)
             except NotADirectoryError:
-                return _open_as_user(self.source, os.O_PATH)
+                fd = _open_as_user(self.source, os.O_PATH)
+            # O_PATH asks for no right to the source itself; what he can't use at all he learns now, not inside.
+            if not any(os.access(f"/proc/self/fd/{fd}", right) for right in (os.R_OK, os.X_OK, os.W_OK)):
+                os.close(fd)
+                raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), self.source)
+            return fd
         except OSError as error:
-            if error.errno in (errno.EACCES, errno.EPERM):
-                raise errors.mount_source_denied(self.source, self.target) from error
-            if error.errno in (errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG):
-                raise errors.mount_source_missing(self.source, self.target) from error
-            raise
+            raise self._worded(error) from error
+
+    def _worded(self, error: OSError) -> Exception:
+        denied = error.errno in (errno.EACCES, errno.EPERM)
+        missing = error.errno in (errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG)
+        if (denied or missing) and self.option == "--container-mount-home":
+            return errors.home_missing(self.source)
+        if denied:
+            return errors.mount_source_denied(self.source, self.target, self.option)
+        if missing:
+            return errors.mount_source_missing(self.source, self.target, self.option)
+        return error
 
 
 @dataclass(frozen=True, slots=True)
@@ -475,6 +496,7 @@ class Attach:
     target: str
     source: str = ""
     optional: bool = False
+    option: str = "--container-mounts"
 
     def describe(self) -> str:
         return f"attach {self.name} at {self.target}"
@@ -485,7 +507,8 @@ class Attach:
         try:
             rootfs.attach(builder.fds["root"], builder.fds[self.name], self.target)
         except OSError as error:
-            raise errors.mount_target_failed(self.source or self.name, self.target, error.errno or 0) from error
+            words = self.source or self.name, self.target, error.errno or 0, self.option
+            raise errors.mount_target_failed(*words) from error
         builder.drop(self.name)
 
 

@@ -66,8 +66,12 @@ def _early(
     request: StepRequest, decision: Decision, config: Config, maps: IdMaps, node: NodeFacts
 ) -> Iterator[op.Operation]:
     home = home_directory(request, decision)
-    mounts = (*decision.site_mounts, *_home_mount(request, decision), *decision.user_mounts)
-    binds = [mount for mount in mounts if mount.kind == "bind"]
+    origins = {
+        "mounts.site": decision.site_mounts,
+        "--container-mount-home": _home_mount(request, decision),
+        "--container-mounts": decision.user_mounts,
+    }
+    mounts = [(mount, option) for option, listed in origins.items() for mount in listed]
 
     # As root: what only root may mount, and what has to be read before the image is the root.
     yield op.LookUpAccounts()
@@ -92,9 +96,10 @@ def _early(
     yield op.EnterUserNamespace(maps.uid_map, maps.gid_map)
     yield op.EnterNamespaces()
     yield op.CloneDirectoryImage(request.image_path())
-    for index, mount in enumerate(binds):
-        yield _clone(index, mount)
-    targets = (*FIXED_TARGETS, f"{home}/", *slurm_directories(request), *(mount.target for mount in mounts))
+    for index, (mount, option) in enumerate(mounts):
+        if mount.kind == "bind":
+            yield _clone(index, mount, option)
+    targets = (*FIXED_TARGETS, f"{home}/", *slurm_directories(request), *(mount.target for mount, _ in mounts))
     yield op.EnterRoot(node.stage, config.rootfs.tmpfs_size, targets)
     yield op.Attach("proc", "/proc")
     yield op.Attach("sys", "/sys")
@@ -111,10 +116,9 @@ def _early(
     yield op.WriteHostname()
     yield op.MakeDirectory("/tmp", 0o1777)
     yield op.MakeDirectory(home, 0o700)
-    for mount in mounts:
+    for index, (mount, option) in enumerate(mounts):
         if mount.kind == "bind":
-            name = f"mount{binds.index(mount)}"
-            yield op.Attach(name, mount.target, mount.source, optional="nofail" in mount.options)
+            yield op.Attach(f"mount{index}", mount.target, mount.source, "nofail" in mount.options, option)
         else:
             yield _tmpfs(mount)
 
@@ -168,11 +172,11 @@ def _attributes(mount: Mount) -> int:
     return attributes
 
 
-def _clone(index: int, mount: Mount) -> op.CloneSource:
+def _clone(index: int, mount: Mount, option: str) -> op.CloneSource:
     private = "private" in mount.options or "rprivate" in mount.options
     optional = "nofail" in mount.options
     return op.CloneSource(
-        f"mount{index}", mount.source, mount.target, mount.recursive, _attributes(mount), private, optional
+        f"mount{index}", mount.source, mount.target, mount.recursive, _attributes(mount), private, optional, option
     )
 
 

@@ -62,11 +62,21 @@ def attach(root_fd: int, mount_fd: int, target: str) -> None:
     try:
         target_fd = open_inside(root_fd, target, os.O_PATH)
     except FileNotFoundError:
-        target_fd = _make_target(root_fd, target, stat.S_ISDIR(os.fstat(mount_fd).st_mode))
+        # To be made, it needs a path without "..", which is taken by name then.
+        target_fd = _make_target(root_fd, os.path.normpath(target), stat.S_ISDIR(os.fstat(mount_fd).st_mode))
     try:
+        _check_kinds(mount_fd, target_fd)
         linux.move_mount(mount_fd, target_fd)
     finally:
         os.close(target_fd)
+
+
+def _check_kinds(mount_fd: int, target_fd: int) -> None:
+    """The kernel's word for a directory on a file, and the other way round, is EINVAL."""
+    mounted, target = (stat.S_ISDIR(os.fstat(fd).st_mode) for fd in (mount_fd, target_fd))
+    if mounted != target:
+        number = errno.ENOTDIR if mounted else errno.EISDIR
+        raise OSError(number, os.strerror(number))
 
 
 def _make_target(root_fd: int, target: str, directory: bool) -> int:

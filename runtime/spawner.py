@@ -22,6 +22,7 @@ from enclos.runtime.connection import Connection
 log = logging.getLogger("enclosd")
 
 RESTART_PAUSE_SECONDS = 1.0
+STOP_SECONDS = 2.0
 
 
 def zygote_code() -> str:
@@ -161,5 +162,9 @@ class Spawner:
         if self._control is not None:
             self._control.close()
             self._control = None
-        if self._process is not None:
-            await asyncio.to_thread(self._process.wait)
+        if (process := self._process) is not None:
+            try:
+                await asyncio.to_thread(process.wait, STOP_SECONDS)
+            except subprocess.TimeoutExpired:
+                process.kill()  # Stopped by a debugger, or stuck: the agent ends all the same.
+                await asyncio.to_thread(process.wait)

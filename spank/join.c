@@ -69,15 +69,18 @@ static void signals_restore(const struct signals *saved)
 static void keep_wire_error(int error)
 {
 	const char *node = report_node();
+	char text[PATH_MAX + 256];
 
-	if (error == -ECONNRESET || error == -EPIPE)
-		report_keep("--container-image=%s: the agent ended while the container was being made on %s",
-			    options_image_text(), node);
-	else if (error == -ETIMEDOUT)
+	if (error == -ECONNRESET || error == -EPIPE) {
+		snprintf(text, sizeof(text), "--container-image=%s: the agent ended while the container was being made on %s",
+			 options_image_text(), node);
+		report_keep_hint(text, "run the step again; administrator: journalctl -u enclosd");
+	} else if (error == -ETIMEDOUT) {
 		report_keep("--container-image=%s: no answer from the agent on %s", options_image_text(), node);
-	else
+	} else {
 		report_keep("--container-image=%s: cannot use the agent's answer (%s) on %s", options_image_text(),
 			    strerror(-error), node);
+	}
 }
 
 static void show_notices(const struct wire_in *reply)

@@ -118,7 +118,7 @@ class Leftovers:
 @pytest.fixture
 def leftovers(idle: Cluster, image: str) -> Leftovers:
     """A count taken now, with the image in use before: an image stays mounted for a while by design."""
-    warm = idle.run(["srun", f"-N{len(idle.nodes)}", f"--container-image={image}", "true"], timeout=60)
+    warm = idle.run(["srun", f"-N{len(idle.nodes)}", f"--container-image={image}", "true"], user="usera", timeout=60)
     if warm.returncode != 0:
         pytest.fail(f"cannot run in a container: {warm.stderr}")
     idle.await_idle()

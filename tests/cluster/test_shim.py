@@ -428,7 +428,8 @@ def test_refusal_is_shown_once_per_node(cluster: Cluster, word: str) -> None:
 def test_unusable_answer(cluster: Cluster, answer: list[tuple[str, str]], text: str) -> None:
     with listening(cluster, answer):
         done = srun(cluster, "-wn1", "-n3", "--container-image=/x", "id")
-    assert own_lines(done.stderr) == [f"enclos: --container-image=/x: {text}"]
+    hints = [] if answer else ["hint: run the step again; administrator: journalctl -u enclosd"]
+    assert own_lines(done.stderr) == [f"enclos: --container-image=/x: {text}", *hints]
     assert done.returncode == 1
     assert done.stdout == ""
 
