@@ -130,8 +130,7 @@ def hidden_paths() -> list[Path]:
     wanted += [root] if root else []
     hidden: list[Path] = []
     for path in sorted(set(wanted)):
-        own = path.is_relative_to("/tmp") or path.is_relative_to("/run")
-        needed = own or closed_folder(path) is not None or not _may_enter(path)
+        needed = _is_own(path) or closed_folder(path) is not None or not _may_enter(path)
         if needed and not any(path.is_relative_to(one) for one in hidden):
             hidden.append(path)
     return hidden
@@ -147,9 +146,14 @@ def _may_enter(folder: Path) -> bool:
 
 
 def _closed_folders() -> set[Path]:
-    """What has to be covered by an empty folder for the hidden paths to be reached; /tmp and /run are covered anyway."""
-    found = {closed_folder(path) for path in hidden_paths()}
-    return {folder for folder in found if folder and not (folder.is_relative_to("/tmp") or folder.is_relative_to("/run"))}
+    """What has to be covered by an empty folder for the hidden paths to be reached; /tmp and /run are anyway."""
+    found = {closed_folder(path) for path in hidden_paths() if not _is_own(path)}
+    return {folder for folder in found if folder is not None}
+
+
+def _is_own(path: Path) -> bool:
+    """Whether it lies where every machine has something of its own."""
+    return path.is_relative_to("/tmp") or path.is_relative_to("/run")
 
 
 def _script(layout: Layout, hostname: str, *parts: str) -> str:
