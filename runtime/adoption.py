@@ -11,9 +11,11 @@ import os
 from typing import Any
 
 from enclos.runtime.agent import Agent, open_stepd
-from enclos.runtime.container import NAMESPACES
 from enclos.runtime.errors import EnclosError
+from enclos.runtime.members import Identity, identity, members, open_ancestor
 from enclos.runtime.steps import AdoptedStep, start_time
+
+DAMAGED = (KeyError, TypeError, ValueError, AttributeError)
 
 log = logging.getLogger("enclosd")
 
@@ -25,34 +27,47 @@ def adopt(agent: Agent) -> None:
     for name, record in around.journal.read("step"):
         try:
             step = _adopt_step(agent, record, networks)
-        except (KeyError, TypeError, ValueError) as error:
-            log.warning("journal record %s is damaged (%s), ignoring", name, error)
+        except DAMAGED as error:
+            log.warning("journal record %s is damaged (%r), ignoring", name, error)
+            step = None
+        if step is None or step.record_name != name:
             around.journal.remove(name)
-            continue
-        agent.watch(step)
-        log.info("step=%s adopted", step.name)
+        if step is not None:
+            agent.watch(step)
+            log.info("step=%s adopted", step.name)
     for name, record in around.journal.read("job"):
         try:
-            around.jobs.adopt(record, networks.pop(record["facts"]["job"], -1))
-        except (KeyError, TypeError, ValueError) as error:
-            log.warning("journal record %s is damaged (%s), ignoring", name, error)
+            around.jobs.adopt(record, networks)
+        except DAMAGED as error:
+            log.warning("journal record %s is damaged (%r), ignoring", name, error)
             around.journal.remove(name)
+    around.jobs.evict_strangers(networks)
     for fd in networks.values():
         os.close(fd)
 
 
-def _adopt_step(agent: Agent, record: dict[str, Any], networks: dict[int, int]) -> AdoptedStep:
-    """A step from its record. With its slurmstepd gone its pidfd is one of a process that has ended, so that
-    its end is the same as any other's.
+def _adopt_step(agent: Agent, record: dict[str, Any], networks: dict[int, int]) -> AdoptedStep | None:
+    """A step from its record; None for one that no task has joined: whoever still wants it sends a JOIN.
+
+    With its slurmstepd gone its pidfd is one of a process that has ended, so that its end is the same as any other's.
     """
-    stepd_pidfd = _stepd(record)
-    namespaces: dict[str, int] = {}
-    pid = _find_member(record)
-    if pid:
-        namespaces = open_namespaces(pid, NAMESPACES)
-        if record["network"] == "job" and record["job"] not in networks:
-            networks[record["job"]] = open_namespaces(pid, ("net",))["net"]
-    return AdoptedStep(agent.around, record, stepd_pidfd, namespaces)
+    numbers = [int(record[key]) for key in ("job", "step", "uid", "stepd", "stepd_start", "tasks")]
+    if record["state"] != "running" or min(numbers) < 0:
+        return None
+    job, network, started = int(record["job"]), str(record["network"]), float(record["started"])
+    namespace, netns = _identity(record["namespace"]), _identity(record["netns"])
+    record |= {"job": job, "step": int(record["step"]), "network": network, "started": started}
+    namespace_fd, net_fd = _find(namespace, netns if network == "job" and job not in networks else None)
+    if net_fd >= 0:
+        networks[job] = net_fd
+    return AdoptedStep(agent.around, record, _stepd(record), namespace_fd)
+
+
+def _identity(pair: list[int] | None) -> Identity | None:
+    if pair is None:
+        return None
+    device, inode = pair
+    return int(device), int(inode)
 
 
 def _stepd(record: dict[str, Any]) -> int:
@@ -76,31 +91,30 @@ def ended_process() -> int:
     return fd
 
 
-def _find_member(record: dict[str, Any]) -> int:
-    """A process of the step, known by its mount namespace and uid; 0 when there is none."""
-    if record["mnt"] is None:
-        return 0
-    wanted = tuple(record["mnt"])
-    for name in os.listdir("/proc"):
-        if not name.isdigit():
-            continue
-        try:
-            found = os.stat(f"/proc/{name}/ns/mnt")
-        except OSError:
-            continue
-        if (found.st_dev, found.st_ino) == wanted:
-            return int(name)
-    return 0
+def _find(namespace: Identity | None, netns: Identity | None) -> tuple[int, int]:
+    """Descriptors of a container's user namespace and of its network, from its processes; -1 where there is none.
+
+    The network has to be the recorded one: its user may have sent a process into the container that still is in
+    the node's network, or in another.
+    """
+    namespace_fd = net_fd = -1
+    if namespace is None:
+        return namespace_fd, net_fd
+    for pid in members(namespace):
+        if namespace_fd < 0:
+            namespace_fd = open_ancestor(pid, namespace)
+        if netns is not None and net_fd < 0:
+            net_fd = _open_if(f"/proc/{pid}/ns/net", netns)
+    return namespace_fd, net_fd
 
 
-def open_namespaces(pid: int, names: tuple[str, ...]) -> dict[str, int]:
-    """Descriptors of a process' namespaces, by name; empty when it has ended meanwhile."""
-    fds: dict[str, int] = {}
+def _open_if(path: str, wanted: Identity) -> int:
+    """A descriptor of the namespace, if it is the wanted one; -1 otherwise."""
     try:
-        for name in names:
-            fds[name] = os.open(f"/proc/{pid}/ns/{name}", os.O_RDONLY | os.O_CLOEXEC)
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     except OSError:
-        for fd in fds.values():
-            os.close(fd)
-        return {}
-    return fds
+        return -1
+    if identity(fd) == wanted:
+        return fd
+    os.close(fd)
+    return -1

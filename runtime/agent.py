@@ -78,6 +78,9 @@ class Agent:
             return self._refusal(error), []
         except (protocol.ProtocolError, ValueError) as error:
             return self._refusal(errors.bad_request(str(error))), []
+        except Exception:
+            log.exception("%s failed", message.get("verb")[:32])
+            return self._refusal(errors.build_failed("(see the agent's log)", 0)), []
         return [("status", "ok")], []
 
     def _refusal(self, error: errors.EnclosError) -> list[tuple[str, str]]:
@@ -106,7 +109,8 @@ class Agent:
         """Wait for the container. A step whose PREPARE went to an agent before this one is made now."""
         wanted = request.parse(message.values)
         step = self._steps.get((wanted.job, wanted.step))
-        if step is None:
+        if step is None or step.record["stepd"] != wanted.stepd:
+            # A requeued job has the same ids again.
             step = self._step(wanted)
         return await step.join(wanted)
 
@@ -117,16 +121,24 @@ class Agent:
             EnclosError: bad_request, when the pid is not that of a slurmstepd of root's.
         """
         stepd_pidfd = open_stepd(wanted.stepd)
-        step = NodeStep(self.around, wanted, stepd_pidfd)
+        try:
+            step = NodeStep(self.around, wanted, stepd_pidfd)
+        except OSError as error:  # It has ended since.
+            os.close(stepd_pidfd)
+            raise errors.bad_request(f"stepd={wanted.stepd}: {errors.reason(error.errno or 0)}") from error
         self.watch(step)
         return step
 
     def watch(self, step: Step) -> None:
         """Tie the step's end to that of its slurmstepd."""
         self._steps[step.key] = step
-        watcher = asyncio.create_task(step.watch(self._forget))
+        watcher = asyncio.create_task(self._watch(step))
         self._watchers.add(watcher)
         watcher.add_done_callback(self._watched)
+
+    async def _watch(self, step: Step) -> None:
+        await step.watch(self._forget)
+        await self.around.jobs.step_ended(step.key[0], self._busy())
 
     def _watched(self, watcher: asyncio.Task[None]) -> None:
         self._watchers.discard(watcher)
@@ -179,7 +191,7 @@ class Agent:
                 case "status":
                     return [("status", "ok"), ("json", json.dumps(self._describe()))]
                 case "gc" if uid == 0:
-                    return [("status", "ok"), ("json", json.dumps(await self.reconcile()))]
+                    return [("status", "ok"), ("json", json.dumps(await self.reconcile() or []))]
                 case "gc":
                     raise errors.only_root("gc")
                 case verb:
@@ -194,9 +206,12 @@ class Agent:
         steps = (step for step in self._steps.values() if uid in (0, step.uid))
         return [step.describe() for step in steps]
 
-    async def reconcile(self) -> list[int]:
-        """Undo what jobs left whose epilog this agent missed; returns their ids."""
-        return await self.around.jobs.reconcile({job for job, _ in self._steps})
+    async def reconcile(self) -> list[int] | None:
+        """Undo what jobs left whose epilog this agent missed; returns their ids, None without slurmctld."""
+        return await self.around.jobs.reconcile(self._busy)
+
+    def _busy(self) -> set[int]:
+        return {job for job, _ in self._steps}
 
     def _describe(self) -> dict[str, Any]:
         return {

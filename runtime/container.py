@@ -188,6 +188,7 @@ def clone_directories(paths: Sequence[str]) -> dict[str, int]:
     could have put something else in the place of his own.
     """
     clones: dict[str, int] = {}
+    attributes = linux.MOUNT_ATTR_NOSUID | linux.MOUNT_ATTR_NODEV
     for path in paths:
         try:
             directory_fd = os.open(path, os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
@@ -195,8 +196,11 @@ def clone_directories(paths: Sequence[str]) -> dict[str, int]:
             continue
         try:
             clones[path] = linux.clone_tree("", directory_fd, recursive=False)
+            linux.set_attributes(clones[path], attributes, propagation=linux.MS_SLAVE)
+        except OSError as error:
+            for fd in clones.values():
+                os.close(fd)
+            raise errors.build_failed(f"clone {path}", error.errno or 0) from error
         finally:
             os.close(directory_fd)
-        attributes = linux.MOUNT_ATTR_NOSUID | linux.MOUNT_ATTR_NODEV
-        linux.set_attributes(clones[path], attributes, propagation=linux.MS_SLAVE)
     return clones

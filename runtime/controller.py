@@ -28,8 +28,11 @@ class JobFacts:
 
 
 async def ask_job(job_id: int) -> JobFacts | None:
-    """The facts of one job; None where slurmctld does not answer or does not know it."""
-    jobs = await _squeue("--states=all", f"--jobs={job_id}")
+    """The facts of one job; None where slurmctld does not answer or does not know it as one that runs.
+
+    One that completes is not asked for again: its epilog may be over.
+    """
+    jobs = await _squeue("--states=configuring,running,suspended,stopped,resizing", f"--jobs={job_id}")
     return next((job for job in jobs or [] if job.job == job_id), None)
 
 

@@ -38,6 +38,9 @@ USER_SOCKET = f"{RUN_DIRECTORY}/user.sock"
 BACKLOG = 1024
 SO_PASSRIGHTS = 83
 ACCEPT_PAUSE_SECONDS = 0.1
+# While slurmctld does not answer, or nft does not take the guard's table.
+RETRY_SECONDS = 5.0
+RETRY_LIMIT_SECONDS = 300.0
 
 
 def main() -> None:
@@ -216,13 +219,20 @@ async def _mend_guard(gate: guard.Guard) -> None:
     """A firewall reload may remove the guard's table; the kernel says so, and it is made again."""
     while True:
         await wait_readable(gate.fileno())
-        if gate.handle_event():
-            log.warning("the guard's nftables table was removed; made it again")
+        try:
+            if gate.handle_event():
+                log.warning("the guard's nftables table was removed; made it again")
+        except (facts.NetworkFact, OSError) as error:
+            log.error("the guard's nftables table is not as it should be: %s", error)
+            await asyncio.sleep(RETRY_SECONDS)
 
 
 async def _reconcile(agent: Agent) -> None:
-    """Once, at the start: epilogs may have been missed while no agent ran."""
-    await agent.reconcile()
+    """At the start, until slurmctld has answered once: epilogs may have been missed while no agent ran."""
+    pause = RETRY_SECONDS
+    while await agent.reconcile() is None:
+        await asyncio.sleep(pause)
+        pause = min(2 * pause, RETRY_LIMIT_SECONDS)
 
 
 def _notify_ready() -> None:

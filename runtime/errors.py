@@ -491,7 +491,7 @@ def builder_ended(operation: str, status: str) -> EnclosError:
     """The builder was killed or ended by itself."""
     return AdminError(
         "container",
-        f"its builder ended during: {operation}",
+        f"its builder ended during: {operation}" if operation else "its builder ended",
         status,
         "run the step again; " + ADMIN + "journalctl -u enclosd",
     )

@@ -7,10 +7,12 @@ that a descriptor that a user keeps open can't hold it. Runs in the agent; sends
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import os
 import socket
 import time
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -58,6 +60,10 @@ class Job:
         self.network: JobNetwork | None = None
         self.recorded: dict[str, Any] | None = None
         self.making = asyncio.Lock()
+        # The epilog was here: what is being made meanwhile would be nobody's.
+        self.ended = False
+        # slurmctld does not have the job any more, but a step of it is still there.
+        self.orphan = False
 
 
 class Jobs:
@@ -98,30 +104,41 @@ class Jobs:
         """Remove the job's network at once, and forget the job; an unknown job is fine."""
         job = self._jobs.pop(job_id, None)
         if job is not None:
-            # A step that is making the network has to finish first, or what it makes would be nobody's.
+            job.ended = True
             async with job.making:
                 await self._remove_network(job)
         if job_id not in self._jobs:
             self._journal.remove(f"job.{job_id}")
 
-    async def reconcile(self, busy: set[int]) -> list[int]:
+    async def reconcile(self, busy: Callable[[], set[int]]) -> list[int] | None:
         """End the jobs that slurmctld no longer has on this node: their epilog was missed.
 
         Args:
-            busy: jobs with steps here, which are left alone whatever slurmctld says.
+            busy: tells the jobs with steps here, which are ended only when their last step is (`step_ended`).
 
         Returns:
-            The jobs that were ended; none when slurmctld does not answer.
+            The jobs that were ended; None when slurmctld does not answer.
         """
         known = set(self._jobs)
-        present = await controller.ask_node(self._node)
+        present = await controller.ask_node(self._node) if known else set()
         if present is None:
-            return []
-        gone = sorted(known - present - busy)
+            return None
+        gone = sorted((known - present) & self._jobs.keys())
         for job_id in gone:
-            log.info("job=%d is gone, its epilog was missed", job_id)
-            await self.end(job_id)
-        return gone
+            self._jobs[job_id].orphan = True
+        return [job_id for job_id in gone if await self._end_orphan(job_id, busy())]
+
+    async def step_ended(self, job_id: int, busy: set[int]) -> None:
+        """A step of this job is gone from the node; `busy` as in `reconcile`."""
+        await self._end_orphan(job_id, busy)
+
+    async def _end_orphan(self, job_id: int, busy: set[int]) -> bool:
+        job = self._jobs.get(job_id)
+        if job is None or not job.orphan or job_id in busy:
+            return False
+        log.info("job=%d is gone, its epilog was missed", job_id)
+        await self.end(job_id)
+        return True
 
     async def network(self, job_id: int) -> JobNetwork:
         """The job's network, made now if no step of the job has asked for it before.
@@ -131,11 +148,18 @@ class Jobs:
         """
         job = self._jobs.get(job_id) or await self._announced(job_id)
         async with job.making:
-            if job.network is None:
-                job.network = await self._make_network(job)
-            elif job.network.hosts_fd < 0:
-                # Adopted from an agent before this one: the records leave out what can be computed again.
-                job.network = _network(job.network.netns_fd, await self._spec(job))
+            if job.network is None or job.network.hosts_fd < 0:
+                try:
+                    spec = await self._spec(job)
+                except facts.NetworkFact as fact:
+                    raise word(fact) from fact
+                if job.ended:
+                    raise errors.no_job_facts(job_id)
+                if job.network is None:
+                    job.network = self._make_network(job, spec)
+                else:
+                    # Adopted from an agent before this one: the records leave out what can be computed again.
+                    job.network = _network(job.network.netns_fd, spec)
             return job.network
 
     async def _announced(self, job_id: int) -> Job:
@@ -158,10 +182,9 @@ class Jobs:
             raise errors.no_job_facts(job_id)
         return job
 
-    async def _make_network(self, job: Job) -> JobNetwork:
+    def _make_network(self, job: Job, spec: OverlaySpec) -> JobNetwork:
         begin = time.perf_counter()
         try:
-            spec = await self._spec(job)
             addresses = tuple(peer.underlay for peer in spec.peers if peer.index != spec.index)
             self._record(job, {"vni": spec.vni, "ifname": spec.ifname, "addresses": addresses})
             self._guard.admit(spec.vni, addresses)
@@ -171,7 +194,8 @@ class Jobs:
                 self._guard.evict(spec.vni, addresses)
                 raise
         except facts.NetworkFact as fact:
-            self._record(job, None)
+            with contextlib.suppress(errors.EnclosError):
+                self._record(job, None)
             raise word(fact) from fact
         log.info("job=%d network made: vni=%d nodes=%d in %.1f ms", job.facts.job, spec.vni, len(spec.peers),
                  (time.perf_counter() - begin) * 1e3)  # fmt: skip
@@ -237,10 +261,16 @@ class Jobs:
         try:
             # 20 to 40 ms of waiting in the kernel; a thread of its own has a network namespace of its own.
             await asyncio.to_thread(overlay.remove, network.netns_fd, network.ifname)
-            self._guard.evict(network.vni, network.addresses)
         except (facts.NetworkFact, OSError) as error:
             log.error("job=%d network not removed: %s", job.facts.job, error)
+        self._evict(job.facts.job, network.vni, network.addresses)
         network.close()
+
+    def _evict(self, job_id: int, vni: int, addresses: Sequence[str]) -> None:
+        try:
+            self._guard.evict(vni, addresses)
+        except (facts.NetworkFact, OSError) as error:
+            log.error("job=%d peers not removed from the guard: %s", job_id, error)
 
     def _record(self, job: Job, network: dict[str, Any] | None) -> None:
         job.recorded = network
@@ -248,25 +278,47 @@ class Jobs:
 
     # --- after a restart of the agent -------------------------------------------------------------------------
 
-    def adopt(self, record: dict[str, Any], netns_fd: int) -> None:
+    def adopt(self, record: dict[str, Any], networks: dict[int, int]) -> None:
         """Take over a job of an agent before this one.
 
         Args:
-            netns_fd: the job's network namespace, held by a step that still runs; -1 when there is none: then
-                the namespace is gone with the old agent, and what it left in the node's guard is removed.
+            networks: by job, its network namespace, held by a step that still runs; what is taken over is removed.
+                For a job that is not in it the namespace is gone with the old agent, and what that left in the
+                node's guard is removed.
         """
-        job = self._jobs[record["facts"]["job"]] = Job(JobFacts(**record["facts"]))
+        job = Job(JobFacts(**record["facts"]))
+        job_id = job.facts.job
         network = record["network"]
-        if network is None or netns_fd < 0:
-            if network is not None:
-                self._guard.evict(network["vni"], network["addresses"])
+        if network is None:
+            self._jobs[job_id] = job
+            return
+        made = JobNetwork(-1, int(network["vni"]), str(network["ifname"]), tuple(network["addresses"]), ("", ""), -1)
+        self._jobs[job_id] = job
+        if job_id not in networks:
+            self._evict(job_id, made.vni, made.addresses)
+            with contextlib.suppress(errors.EnclosError):
                 self._record(job, None)
             return
         job.recorded = network
-        self._guard.admit(network["vni"], network["addresses"])
-        job.network = JobNetwork(
-            netns_fd, network["vni"], network["ifname"], tuple(network["addresses"]), ("", ""), -1
-        )
+        try:
+            self._guard.admit(made.vni, made.addresses)
+        except (facts.NetworkFact, OSError) as error:
+            log.error("job=%d peers not admitted by the guard: %s", job_id, error)
+        made.netns_fd = networks.pop(job_id)
+        job.network = made
+
+    def evict_strangers(self, others: Iterable[int]) -> None:
+        """Remove from the node's guard what belongs to no job that was adopted.
+
+        Args:
+            others: jobs of running steps whose own record was lost.
+        """
+        known = {names.job_vni(job_id) for job_id in others}
+        known |= {job.network.vni for job in self._jobs.values() if job.network is not None}
+        for vni, address in sorted(self._guard.elements()):
+            if vni not in known:
+                family = socket.AF_INET if len(address) == 4 else socket.AF_INET6
+                self._evict(0, vni, [socket.inet_ntop(family, address)])
 
 
 def _network(netns_fd: int, spec: OverlaySpec) -> JobNetwork:

@@ -23,6 +23,7 @@ from enclos.runtime.idmap import container_maps
 from enclos.runtime.images.store import MountedImages
 from enclos.runtime.jobs import Jobs, word
 from enclos.runtime.journal import Journal
+from enclos.runtime.members import identity
 from enclos.runtime.request import StepRequest
 from enclos.runtime.settings import Config
 from enclos.runtime.spawner import Child, ChildDied, Spawner
@@ -30,7 +31,8 @@ from enclos.runtime.spawner import Child, ChildDied, Spawner
 log = logging.getLogger("enclosd")
 
 ATTEMPTS = 2
-ZYGOTE_PAUSE_SECONDS = 1.0
+SWEEPS = 5
+SWEEP_SECONDS = 60.0
 
 # What container root may do to the files and processes of its own container: nothing here reaches further than
 # the user namespace, and mounting (CAP_SYS_ADMIN) is not among it.
@@ -89,7 +91,7 @@ class Step:
         return f"{self.record['job']}.{self.record['step']}"
 
     @property
-    def _record_name(self) -> str:
+    def record_name(self) -> str:
         """With slurmstepd's pid: a requeued job has the same step again while the old one is cleaned up."""
         return f"step.{self.name}.{self.record['stepd']}"
 
@@ -100,8 +102,8 @@ class Step:
         """The answer for one task; raises EnclosError where there is none."""
         raise errors.agent_restarted()
 
-    def mount_namespace(self) -> int:
-        """The container's mount namespace, or -1; it stays the step's."""
+    def user_namespace(self) -> int:
+        """The container's user namespace, or -1; it stays the step's."""
         return -1
 
     async def release(self) -> None:
@@ -111,29 +113,40 @@ class Step:
         """Wait for the end of slurmstepd, then clean up behind the step."""
         await wait_readable(self.stepd_pidfd)
         forget(self)
-        await self._sweep()
-        await self.release()
-        os.close(self.stepd_pidfd)
-        self._around.journal.remove(self._record_name)
+        try:
+            await self._sweep()
+        finally:
+            await self.release()
+            os.close(self.stepd_pidfd)
+            self._around.journal.remove(self.record_name)
         log.info("step=%s ended after %.1f s", self.name, time.time() - self.record["started"])
 
     async def _sweep(self) -> None:
-        """Kill what slurmstepd left in the container."""
-        namespace_fd = self.mount_namespace()
-        while namespace_fd >= 0:
+        """Kill what slurmstepd left in the container. The zygote may die meanwhile; the work can be done again."""
+        namespace_fd = self.user_namespace()
+        if namespace_fd < 0:
+            return
+        for _ in range(SWEEPS):
             try:
-                child = self._around.spawner.spawn("sweep", [("uid", str(self.uid))], [namespace_fd])
-            except ChildDied:
-                await asyncio.sleep(ZYGOTE_PAUSE_SECONDS)
-                continue
-            try:
-                with await child.receive() as answer:
-                    self._log_sweep(answer.get("killed"), answer.get("left"))
+                async with asyncio.timeout(SWEEP_SECONDS):
+                    await self._around.spawner.ready()
+                    await self._sweep_once(namespace_fd)
                 return
-            except ChildDied:
+            except (ChildDied, TimeoutError):
                 continue
-            finally:
-                child.close()
+        log.error("step=%s: what is left of it could not be ended", self.name)
+
+    async def _sweep_once(self, namespace_fd: int) -> None:
+        fields = [("uid", str(self.uid)), ("cgroup", self.record.get("cgroup", ""))]
+        child = self._around.spawner.spawn("sweep", fields, [namespace_fd])
+        try:
+            with await child.receive() as answer:
+                self._log_sweep(answer.get("killed"), answer.get("left"))
+        except BaseException:
+            child.kill()
+            raise
+        finally:
+            child.close()
 
     def _log_sweep(self, killed: str, left: str) -> None:
         if (killed, left) != ("0", "0"):
@@ -141,26 +154,24 @@ class Step:
 
     def describe(self) -> dict[str, Any]:
         """What `enclos ps` shows."""
-        hidden = ("stepd_start", "mnt")
+        hidden = ("stepd_start", "namespace", "netns", "cgroup")
         return {key: value for key, value in self.record.items() if key not in hidden}
 
 
 class AdoptedStep(Step):
     """A step that an agent before this one built; its tasks have joined already."""
 
-    def __init__(
-        self, around: Surroundings, record: dict[str, Any], stepd_pidfd: int, namespaces: dict[str, int]
-    ) -> None:
+    def __init__(self, around: Surroundings, record: dict[str, Any], stepd_pidfd: int, namespace_fd: int) -> None:
         super().__init__(around, record, stepd_pidfd)
-        self._namespaces = namespaces
+        self._namespace_fd = namespace_fd
 
-    def mount_namespace(self) -> int:
-        return self._namespaces.get("mnt", -1)
+    def user_namespace(self) -> int:
+        return self._namespace_fd
 
     async def release(self) -> None:
-        for fd in self._namespaces.values():
-            os.close(fd)
-        self._namespaces.clear()
+        if self._namespace_fd >= 0:
+            os.close(self._namespace_fd)
+            self._namespace_fd = -1
 
 
 class NodeStep(Step):
@@ -175,7 +186,6 @@ class NodeStep(Step):
         self._marks: list[tuple[str, float]] = []
         self._decision: policy.Decision | None = None
         self.container: Container | None = None
-        self._private_net_fd = -1
         self._net_fd = -1
         self._seccomp_fd = -1
         self._relay: Child | None = None
@@ -187,8 +197,7 @@ class NodeStep(Step):
     def prepare(self) -> None:
         """Begin to build; errors wait for the first join."""
         self._early = asyncio.create_task(self._build_early())
-        # Without a reader the event loop would report the exception as lost.
-        self._early.add_done_callback(lambda task: task.cancelled() or task.exception())
+        self._early.add_done_callback(_retrieve)
 
     async def join(self, wanted: StepRequest) -> JoinReply:
         """The answer for one task; the first one finishes the container.
@@ -202,10 +211,15 @@ class NodeStep(Step):
         """
         if self.ready is None:
             self._mark("joined")
-            if (wanted.image_path(), wanted.mounts) != (self.request.image_path(), self.request.mounts):
-                await self._begin_anew(wanted)
-            self.ready = asyncio.create_task(self._finish())
+            # At once, without waiting for anything: the other tasks' joins are here in the same moment.
+            self.ready = asyncio.create_task(self._answer(wanted))
+            self.ready.add_done_callback(_retrieve)
         return await asyncio.shield(self.ready)
+
+    async def _answer(self, wanted: StepRequest) -> JoinReply:
+        if (wanted.image_path(), wanted.mounts) != (self.request.image_path(), self.request.mounts):
+            await self._begin_anew(wanted)
+        return await self._finish()
 
     async def _begin_anew(self, wanted: StepRequest) -> None:
         self.request = wanted
@@ -219,6 +233,7 @@ class NodeStep(Step):
     async def _build_early(self) -> None:
         """Decide, then build up to the point where the first task is needed."""
         config = self._around.config
+        self._notices.clear()
         self._decision = decision = policy.decide(self.request, config)
         self.network = decision.network
         maps = container_maps(self.request.uid, self.request.gid, self.request.groups, decision.remap_root)
@@ -227,7 +242,8 @@ class NodeStep(Step):
             self._notices.append(f"{count} of your groups do not fit into the container's group map, ignoring")
         network = asyncio.create_task(self._make_network(decision.network))
         try:
-            node = plan.NodeFacts(self._around.stage, cgroup.step_cgroup(self.request.stepd))
+            self.record["cgroup"] = cgroup.step_cgroup(self.request.stepd)
+            node = plan.NodeFacts(self._around.stage, self.record["cgroup"])
             early = plan.make(self.request, decision, config, maps, node)
             self.container = Container(self._around.spawner, self._around.images)
             self._write_record()
@@ -252,12 +268,16 @@ class NodeStep(Step):
         return [net_fd, made.hosts_fd]
 
     async def _make_network(self, kind: str) -> int:
-        """The network namespace of the step; -1 for the node's own."""
+        """The network namespace of the step; -1 for the node's own.
+
+        The job's is copied: its epilog may close it while this step is still there, and then another job's
+        namespace may get the number.
+        """
         if kind == "job":
-            self._net_fd = (await self._around.jobs.network(self.request.job)).netns_fd
+            self._net_fd = os.dup((await self._around.jobs.network(self.request.job)).netns_fd)
         elif kind == "none":
             try:
-                self._net_fd = self._private_net_fd = namespace.create_private()
+                self._net_fd = namespace.create_private()
             except facts.NetworkFact as fact:
                 raise word(fact) from fact
         return self._net_fd
@@ -269,6 +289,7 @@ class NodeStep(Step):
             try:
                 async with asyncio.timeout(deadline):
                     if self._early is None:
+                        await self._around.spawner.ready()
                         self.prepare()
                     assert self._early is not None
                     await self._early
@@ -283,40 +304,51 @@ class NodeStep(Step):
                 failure = errors.build_timed_out(deadline) if late else errors.builder_ended("", "killed")
                 log.warning("step=%s builder %s (attempt %d)", self.name, "timed out" if late else "died", attempt)
             except errors.EnclosError as error:
-                self._abandon()
+                self._fail()
                 log.warning("step=%s uid=%d failed: %s", self.name, self.request.uid, error.line())
-                self._set_state("failed")
                 raise
             except Exception:
-                self._abandon()
+                self._fail()
                 log.exception("step=%s failed", self.name)
-                self._set_state("failed")
                 raise errors.build_failed("(see the agent's log)", 0) from None
-        self._set_state("failed")
+        self._fail()
         raise failure
+
+    def _fail(self) -> None:
+        self._abandon()
+        with contextlib.suppress(errors.EnclosError):  # /run is full: perhaps that is why it failed.
+            self._set_state("failed")
 
     async def _build_late(self) -> None:
         """What can only be done now: Slurm has made its directories and started its PMIx server."""
         assert self.container is not None and self._decision is not None
-        await self._start_relay()
+        starting = self._start_relay()
         request = self.request
-        clones = clone_directories(plan.slurm_directories(request))
         try:
-            await self.container.finish(plan.late(request, self._decision, list(clones)), clones)
-        finally:
-            for fd in clones.values():
-                os.close(fd)
+            clones = clone_directories(plan.slurm_directories(request))
+            try:
+                await self.container.finish(plan.late(request, self._decision, list(clones)), clones)
+            finally:
+                for fd in clones.values():
+                    os.close(fd)
+            if starting is not None:
+                await self._await_relay(starting)
+        except BaseException:
+            if starting is not None:
+                starting.kill()
+                starting.close()
+            raise
 
-    async def _start_relay(self) -> None:
+    def _start_relay(self) -> Child | None:
         """Make slurmstepd's PMIx server reachable from the network namespace of the step.
 
         The targets are sockets that slurmstepd itself listens on, never what the environment names.
         """
         if self._net_fd < 0 or self._relay is not None:
-            return
+            return None
         targets = relay.step_listeners(self.request.stepd)
         if not targets:
-            return
+            return None
         try:
             listeners = relay.listen(self._net_fd, targets)
         except facts.NetworkFact as fact:
@@ -326,7 +358,18 @@ class NodeStep(Step):
                 stack.enter_context(listener)
             fds = [self.stepd_pidfd, *(listener.fileno() for listener in listeners)]
             uid = self._around.config.network.relay_uid
-            self._relay = self._around.spawner.spawn("relay", [("uid", str(uid))], fds)
+            return self._around.spawner.spawn("relay", [("uid", str(uid))], fds)
+
+    async def _await_relay(self, starting: Child) -> None:
+        """A relay that was killed while it started would leave MPI programs waiting."""
+        try:
+            starting_says = await starting.receive()
+        except ChildDied:
+            if starting.pidfd >= 0:
+                await wait_readable(starting.pidfd)  # The next one needs its addresses.
+            raise
+        starting_says.close()
+        self._relay = starting
         self._mark("relayed")
 
     def _make_reply(self) -> JoinReply:
@@ -369,8 +412,8 @@ class NodeStep(Step):
 
     # --- the end ----------------------------------------------------------------------------------------------
 
-    def mount_namespace(self) -> int:
-        return self.container.namespaces.get("mnt", -1) if self.container is not None else -1
+    def user_namespace(self) -> int:
+        return self.container.namespaces.get("user", -1) if self.container is not None else -1
 
     async def release(self) -> None:
         for task in (self._early, self.ready):
@@ -379,28 +422,34 @@ class NodeStep(Step):
                 with contextlib.suppress(asyncio.CancelledError, Exception):
                     await task
         self._abandon()
-        if self._relay is not None:
-            self._relay.close()
+        self._drop_relay()
 
     def _abandon(self) -> None:
-        """Drop the container and what belongs to it alone."""
+        """Drop the container and what belongs to it alone. The relay stays: the job's network does, too."""
         if self.container is not None:
             self.container.abandon()
             self.container = None
-        for fd in (self._private_net_fd, self._seccomp_fd):
+        for fd in (self._net_fd, self._seccomp_fd):
             if fd >= 0:
                 os.close(fd)
-        self._private_net_fd = self._seccomp_fd = self._net_fd = -1
+        self._seccomp_fd = self._net_fd = -1
+        if self.network != "job":
+            self._drop_relay()
+
+    def _drop_relay(self) -> None:
+        if self._relay is not None:
+            self._relay.kill()
+            self._relay.close()
+            self._relay = None
 
     # --- records ----------------------------------------------------------------------------------------------
 
     def _write_record(self) -> None:
         """Enough for an agent after this one to find the step again."""
         self.record |= {"network": self.network, "ipv4": self.addresses[0], "ipv6": self.addresses[1]}
-        if self.mount_namespace() >= 0:
-            mnt = os.fstat(self.mount_namespace())
-            self.record["mnt"] = [mnt.st_dev, mnt.st_ino]
-        self._around.journal.write(self._record_name, self.record)
+        for key, fd in (("namespace", self.user_namespace()), ("netns", self._net_fd)):
+            self.record[key] = list(identity(fd)) if fd >= 0 else None
+        self._around.journal.write(self.record_name, self.record)
 
     def _set_state(self, state: str) -> None:
         self.record["state"] = state
@@ -437,8 +486,16 @@ def _record(request: StepRequest) -> dict[str, Any]:
         "started": time.time(),
         "stepd": request.stepd,
         "stepd_start": start_time(request.stepd),
-        "mnt": None,
+        "namespace": None,
+        "netns": None,
+        "cgroup": "",
     }
+
+
+def _retrieve(task: asyncio.Task[Any]) -> None:
+    """Without a reader the event loop would report the exception as lost; the joins are told."""
+    if not task.cancelled():
+        task.exception()
 
 
 def _summed(timings: list[tuple[str, float]]) -> list[tuple[str, float]]:

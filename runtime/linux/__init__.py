@@ -119,6 +119,7 @@ from enclos.runtime.linux.mounts import (
     unmount,
 )
 from enclos.runtime.linux.namespaces import (
+    parent_user_namespace,
     setns,
     unshare,
     userns_with_map,
@@ -216,6 +217,7 @@ __all__ = [
     "mount_filesystem",
     "move_mount",
     "openat2",
+    "parent_user_namespace",
     "pivot_root",
     "set_attributes",
     "set_capabilities",

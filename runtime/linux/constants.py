@@ -69,6 +69,9 @@ CLONE_NEWPID: Final = 0x20000000
 CLONE_NEWNET: Final = 0x40000000
 CLONE_NEWTIME: Final = 0x00000080
 
+# linux/nsfs.h
+NS_GET_PARENT: Final = 0xB702
+
 # linux/capability.h: bit numbers. `capability_mask` makes masks of them.
 CAP_CHOWN: Final = 0
 CAP_DAC_OVERRIDE: Final = 1

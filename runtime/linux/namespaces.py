@@ -4,7 +4,10 @@ A process that is not dumpable stays so, also through a change of the user names
 to fs.suid_dumpable.
 """
 
+import fcntl
+
 from enclos.runtime.linux._linux import lib
+from enclos.runtime.linux.constants import NS_GET_PARENT
 from enclos.runtime.linux.failure import check
 
 
@@ -22,6 +25,15 @@ def unshare(flags: int) -> None:
     A user namespace beyond `user.max_user_namespaces` is ENOSPC, "No space left on device".
     """
     check(lib.enclos_unshare(flags), f"namespaces {flags:#x}")
+
+
+def parent_user_namespace(fd: int) -> int:
+    """A descriptor of the parent of a user namespace, close-on-exec, the caller's.
+
+    Raises:
+        OSError: EPERM when the parent is above the caller's own namespace (ioctl_ns(2)).
+    """
+    return fcntl.ioctl(fd, NS_GET_PARENT)
 
 
 def userns_with_map(uid_map: str, gid_map: str) -> int:
