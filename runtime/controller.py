@@ -37,8 +37,11 @@ async def ask_job(job_id: int) -> JobFacts | None:
 
 
 async def ask_node(node: str) -> set[int] | None:
-    """The ids of all jobs that slurmctld believes to be on a node; None where it does not answer."""
-    jobs = await _squeue("--states=configuring,running,suspended,completing,stopped", f"--nodelist={node}")
+    """The ids of all jobs that slurmctld believes to run on a node; None where it does not answer.
+
+    One that completes may have had its epilog already.
+    """
+    jobs = await _squeue("--states=configuring,running,suspended,stopped,resizing", f"--nodelist={node}")
     return None if jobs is None else {job.job for job in jobs}
 
 
