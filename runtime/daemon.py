@@ -35,6 +35,7 @@ log = logging.getLogger("enclosd")
 RUN_DIRECTORY = "/run/enclos"
 AGENT_SOCKET = f"{RUN_DIRECTORY}/agent.sock"
 USER_SOCKET = f"{RUN_DIRECTORY}/user.sock"
+LOCK_FILE = f"{RUN_DIRECTORY}/enclosd.lock"
 BACKLOG = 1024
 SO_PASSRIGHTS = 83
 ACCEPT_PAUSE_SECONDS = 0.1
@@ -77,9 +78,11 @@ async def run(config_path: str, node: str) -> None:
     Raises:
         EnclosError: bad configuration, another agent is running, no underlay, no nftables.
     """
+    # The zygote and its builders inherit it; an administrator's shell may have another.
+    os.umask(0o022)
     spawner = Spawner()
     _raise_descriptor_limit()
-    directory = _lock_run_directory()
+    lock = _lock_run_directory()
     _enter_own_mount_namespace()
     await spawner.start()
     loaded = config.load(config_path)
@@ -95,13 +98,16 @@ async def run(config_path: str, node: str) -> None:
     await _serve(agent, gate)
     images.close()
     await spawner.stop()
-    os.close(directory)
+    os.close(lock)
 
 
 def _lock_run_directory() -> int:
-    """One agent per node: the lock is the kernel's, so a killed agent leaves none behind."""
+    """One agent per node: the lock is the kernel's, so a killed agent leaves none behind.
+
+    A file that only root may open: any user could lock the directory itself, and keep the agent from starting.
+    """
     os.makedirs(RUN_DIRECTORY, 0o755, exist_ok=True)
-    fd = os.open(RUN_DIRECTORY, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    fd = os.open(LOCK_FILE, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
     try:
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:
