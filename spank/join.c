@@ -8,6 +8,7 @@
 #define _GNU_SOURCE
 #include "enclos.h"
 
+#include <dirent.h>
 #include <errno.h>
 #include <fcntl.h>
 #include <limits.h>
@@ -20,6 +21,7 @@
 #include <stdlib.h>
 #include <string.h>
 #include <sys/prctl.h>
+#include <sys/socket.h>
 #include <sys/stat.h>
 #include <sys/syscall.h>
 #include <time.h>
@@ -255,13 +257,41 @@ void join_environment(struct join *join, spank_t spank)
 }
 
 /*
+ * slurmstepd's sockets are of the node's network. Slurm's PMIx plugin leaves a listening one to the program, which
+ * could take connections by it, or give it up and connect to anywhere: no network that the step asked for would hold.
+ * PMI-2's is a unix socket and stays, as do the standard descriptors, whatever they are.
+ */
+static bool forget_node_sockets(void)
+{
+	DIR *directory = opendir("/proc/self/fd");
+	struct dirent *entry;
+
+	if (directory == NULL) {
+		report_keep("--container-image=%s: cannot list the task's descriptors (%s) on %s", options_image_text(),
+			    strerror(errno), report_node());
+		return false;
+	}
+	while ((entry = readdir(directory)) != NULL) {
+		int fd = atoi(entry->d_name), domain;
+		socklen_t length = sizeof(domain);
+
+		if (fd > STDERR_FILENO && getsockopt(fd, SOL_SOCKET, SO_DOMAIN, &domain, &length) == 0 &&
+		    domain != AF_UNIX)
+			fcntl(fd, F_SETFD, FD_CLOEXEC);
+	}
+	closedir(directory);
+	return true;
+}
+
+/*
  * The user namespace comes first: it gives the power to join the others. The cgroup namespace is made here, by each
  * task, because it is rooted where its maker stands, and only now has Slurm placed the task.
  */
 bool join_container(struct join *join)
 {
-	if (!enter(&join->user_fd, CLONE_NEWUSER, "user") || !enter(&join->mnt_fd, CLONE_NEWNS, "mount") ||
-	    !enter(&join->ipc_fd, CLONE_NEWIPC, "ipc") || !enter(&join->uts_fd, CLONE_NEWUTS, "uts"))
+	if (!forget_node_sockets() || !enter(&join->user_fd, CLONE_NEWUSER, "user") ||
+	    !enter(&join->mnt_fd, CLONE_NEWNS, "mount") || !enter(&join->ipc_fd, CLONE_NEWIPC, "ipc") ||
+	    !enter(&join->uts_fd, CLONE_NEWUTS, "uts"))
 		return false;
 	if (unshare(CLONE_NEWCGROUP) < 0 && errno != EINVAL) {
 		report_keep("--container-image=%s: cannot make a cgroup namespace (%s) on %s", options_image_text(),
