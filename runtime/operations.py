@@ -17,7 +17,7 @@ from typing import Protocol
 
 from enclos.runtime import environment, errors, etcfiles, linux, rootfs
 from enclos.runtime.builder import Builder
-from enclos.runtime.images import squashfs
+from enclos.runtime.images import origin, squashfs
 from enclos.runtime.linux import (
     CLONE_NEWIPC,
     CLONE_NEWNET,
@@ -146,7 +146,7 @@ class OpenImage:
         if stat.S_ISDIR(status.st_mode):
             builder.image_is_directory = True  # CloneDirectoryImage goes on with it.
         elif stat.S_ISREG(status.st_mode):
-            if not self.trust_user_files and (status.st_uid != 0 or status.st_mode & 0o022):
+            if not (self.trust_user_files or _is_roots(fd, status)):
                 raise errors.image_untrusted(self.path)
             self._mount_squashfs(builder, fd, status)
         else:
@@ -611,6 +611,11 @@ class CheckWorkdir:
             raise errors.workdir_missing(self.path) from error
         if not os.access(self.path, os.X_OK):
             raise errors.workdir_missing(self.path)
+
+
+def _is_roots(fd: int, status: os.stat_result) -> bool:
+    """Only root can have written the file."""
+    return status.st_uid == 0 and not status.st_mode & 0o022 and not origin.vouched_for_by_user(fd)
 
 
 def _open_as_user(path: str, flags: int) -> int:
