@@ -113,11 +113,11 @@ def test_kernel_without_ipv6_gets_no_ipv6() -> None:
 
 
 def test_network_batch_is_what_it_was() -> None:
-    """Golden: every byte that is sent for a network of three nodes. `ENCLOS_GOLDEN=write` writes it anew."""
+    """Golden: every byte that is sent for a network of three nodes. `UPDATE_GOLDEN=1` writes it anew."""
     batch = network_batch(spec(), 9)
     lines = [f"{batch.label(i)}: {request.hex()}\n" for i, request in enumerate(batch.requests())]
     golden = GOLDEN / "network.txt"
-    if os.environ.get("ENCLOS_GOLDEN") == "write":
+    if os.environ.get("UPDATE_GOLDEN"):
         golden.parent.mkdir(parents=True, exist_ok=True)
         golden.write_text("".join(lines))
     assert golden.read_text() == "".join(lines)

@@ -18,10 +18,10 @@ KEYS = (
 
 @pytest.mark.parametrize("ipv6", [False, True])
 def test_ruleset_is_what_it_was(ipv6: bool) -> None:
-    """Golden: `ENCLOS_GOLDEN=write` writes it anew; the kernel tests load it."""
+    """Golden: `UPDATE_GOLDEN=1` writes it anew; the kernel tests load it."""
     text = nftables.ruleset(4789, "eth0", ipv6, KEYS if ipv6 else ())
     golden = GOLDEN / ("guard6.nft" if ipv6 else "guard4.nft")
-    if os.environ.get("ENCLOS_GOLDEN") == "write":
+    if os.environ.get("UPDATE_GOLDEN"):
         golden.write_text(text)
     assert golden.read_text() == text
 
