@@ -60,7 +60,7 @@ class Agent:
             _check_version(message)
             match message.get("verb"):
                 case "job":
-                    self._learn(message)
+                    await self._learn(message)
                 case "end":
                     await self.around.jobs.end(message.number("job"))
                 case "prepare":
@@ -87,9 +87,9 @@ class Agent:
         fields = [("status", "error"), ("text", error.line(self.around.node))]
         return fields + ([("hint", errors.printable(error.hint))] if error.hint else [])
 
-    def _learn(self, message: protocol.Message) -> None:
+    async def _learn(self, message: protocol.Message) -> None:
         leader = message.get("leader")
-        self.around.jobs.learn(
+        await self.around.jobs.announce(
             JobFacts(
                 message.number("job"),
                 message.number("uid"),

@@ -87,6 +87,17 @@ class Jobs:
         self._jobs: dict[int, Job] = {}
         self._expected: dict[int, asyncio.Event] = {}
 
+    async def announce(self, job_facts: JobFacts) -> None:
+        """Take the facts of a job from its prolog.
+
+        A slurmctld that lost its state gives ids again: what is here of another user's job is not the new one's.
+        """
+        known = self._jobs.get(job_facts.job)
+        if known is not None and known.facts.uid != job_facts.uid:
+            log.warning("job=%d is another user's now, the old one's epilog was missed", job_facts.job)
+            await self.end(job_facts.job)
+        self.learn(job_facts)
+
     def learn(self, job_facts: JobFacts) -> None:
         """Take the facts of a job; a requeued or resized job replaces what was known, its network stays."""
         job = self._jobs.get(job_facts.job)
@@ -140,13 +151,20 @@ class Jobs:
         await self.end(job_id)
         return True
 
-    async def network(self, job_id: int) -> JobNetwork:
+    async def network(self, job_id: int, uid: int) -> JobNetwork:
         """The job's network, made now if no step of the job has asked for it before.
+
+        Args:
+            uid: whose step asks; nobody but the job's user gets into it.
 
         Raises:
             EnclosError: no_job_facts, not_in_nodelist, name_unknown, underlay_not_found, vni_in_use, network_failed.
         """
-        job = self._jobs.get(job_id) or await self._announced(job_id)
+        job = self._jobs.get(job_id)
+        if job is None or job.facts.uid != uid:
+            job = await self._announced(job_id)
+        if job.facts.uid != uid:
+            raise errors.no_job_facts(job_id)
         async with job.making:
             if job.network is None or job.network.hosts_fd < 0:
                 try:
@@ -174,7 +192,7 @@ class Jobs:
         except TimeoutError:
             log.warning("job=%d was not announced by a prolog; asking slurmctld", job_id)
             if (job_facts := await controller.ask_job(job_id)) is not None:
-                self.learn(job_facts)
+                await self.announce(job_facts)
         finally:
             self._expected.pop(job_id, None)
         job = self._jobs.get(job_id)

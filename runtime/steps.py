@@ -263,7 +263,7 @@ class NodeStep(Step):
         net_fd = await network
         if self.network != "job":
             return [net_fd]
-        made = await self._around.jobs.network(self.request.job)
+        made = await self._around.jobs.network(self.request.job, self.request.uid)
         self.addresses = made.own
         return [net_fd, made.hosts_fd]
 
@@ -274,7 +274,7 @@ class NodeStep(Step):
         namespace may get the number.
         """
         if kind == "job":
-            self._net_fd = os.dup((await self._around.jobs.network(self.request.job)).netns_fd)
+            self._net_fd = os.dup((await self._around.jobs.network(self.request.job, self.request.uid)).netns_fd)
         elif kind == "none":
             try:
                 self._net_fd = namespace.create_private()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+import subprocess
 
 from conftest import Run
 from enclos.runtime.cluster.cluster import Cluster
@@ -13,6 +14,15 @@ fd = os.open("/run/enclos", os.O_RDONLY | os.O_DIRECTORY)
 fcntl.flock(fd, fcntl.LOCK_EX)
 print("locked", flush=True)
 signal.pause()
+"""
+
+TELL_AGENT = """
+import socket, sys
+agent = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+agent.connect("/run/enclos/agent.sock")
+fields = ["version=1", "oldest=1", *sys.argv[1].split()]
+agent.send(b"".join(field.encode() + b"\\0" for field in fields))
+print(agent.recv(131072).replace(b"\\0", b"\\n").decode())
 """
 
 
@@ -39,3 +49,18 @@ def test_no_socket_of_the_node_reaches_the_program(usera: Run, image: str) -> No
     assert "socket:" in bare.stdout, "this Slurm leaves none; the test shows nothing"
     assert inside.returncode == 0
     assert "socket:" not in inside.stdout
+
+
+def test_a_job_id_given_again_brings_no_network_along(idle: Cluster, image: str) -> None:
+    """Where slurmctld lost its state and the epilog was missed, a new user's job may have the id of an old one's."""
+    node = idle.nodes[0]
+    options = [f"--container-image={image}", "--container-network=job"]
+    script = "echo $SLURM_JOB_ID; read line; ls /sys/class/net"
+    words = ["srun", "-w", node, *options, "sh", "-c", script]
+    old = idle.popen(words, user="usera", stdin=subprocess.PIPE)
+    assert old.stdout is not None
+    job = old.stdout.readline().strip()
+    told = idle.run(["python3", "-c", TELL_AGENT, f"verb=job job={job} uid=61002 nodelist={node}"], node=node)
+    devices, _ = old.communicate("go on\n", timeout=30)
+    assert "status=ok" in told.stdout
+    assert devices.split() == ["lo"], "the old network is still there for the new user's steps"
