@@ -119,7 +119,10 @@ def plugin_findings(settings: Settings, path: Path | None, version: tuple[int, .
 
 
 def default_plugin_path(settings: Settings) -> str:
-    """Where the plugin would be put on this node."""
+    """Where the plugin is on this node, or would be put: `make install` puts it beside the folder of the package."""
+    installed = Path(__file__).resolve().parents[4] / "spank_enclos.so"
+    if installed.is_file():
+        return str(installed)
     directory = settings.get("plugindir", "").split(":")[0]
     found = next((d for d in PLUGIN_DIRECTORIES if Path(d).is_dir()), PLUGIN_DIRECTORIES[0])
     return f"{directory or found}/spank_enclos.so"
@@ -132,7 +135,7 @@ def plugin_file_finding(line: PluginLine, settings: Settings, version: tuple[int
     path = next((c for c in candidates if c.is_file()), None)
     if path is None:
         return mend(
-            "plugin file", f"{line.path} does not exist", "build and install it: make -C spank install"
+            "plugin file", f"{line.path} does not exist", "build and install it: make && make install"
         )
     built = built_for(path)
     if built is None:
