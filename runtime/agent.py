@@ -25,6 +25,10 @@ import enclos
 
 log = logging.getLogger("enclosd")
 
+# A page of `ps` ends with the entry that exceeds this. An entry has a path of at most 4,095 bytes, six times that in
+# JSON: a page fits into a packet.
+PAGE_BYTES = 65536
+
 # Parts of the reply to JOIN, in the order in which the shim needs them.
 DESCRIPTOR_ORDER = ("net", "user", "mnt", "ipc", "uts", "seccomp")
 
@@ -165,6 +169,8 @@ class Agent:
                 await self._answer_visitors(desk)
             except ChildDied:
                 log.warning("the process that serves users ended, starting another")
+            except Exception:
+                log.exception("a request of a user failed, starting another process to serve them")
             finally:
                 desk.close()
             await asyncio.sleep(RESTART_PAUSE_SECONDS)
@@ -187,7 +193,7 @@ class Agent:
             _check_version(message)
             match message.get("verb"):
                 case "ps":
-                    return [("status", "ok"), ("json", json.dumps(self.list_steps(uid)))]
+                    return [("status", "ok"), *self._page(uid, message.get("after"))]
                 case "status":
                     return [("status", "ok"), ("json", json.dumps(self._describe()))]
                 case "gc" if uid == 0:
@@ -201,10 +207,23 @@ class Agent:
         except (protocol.ProtocolError, ValueError) as error:
             return self._refusal(errors.bad_request(str(error)))
 
-    def list_steps(self, uid: int) -> list[dict[str, Any]]:
-        """The containers that this user may know of: his own; root sees all."""
-        steps = (step for step in self._steps.values() if uid in (0, step.uid))
-        return [step.describe() for step in steps]
+    def _page(self, uid: int, after: str) -> list[tuple[str, str]]:
+        """The containers that this user may know of, his own or for root all: as many as fit into a packet.
+
+        Args:
+            after: JOB.STEP of the last one he has; "" to begin.
+        """
+        job, _, number = after.partition(".")
+        last = (int(job), int(number)) if after else (-1, -1)
+        found: list[str] = []
+        room, more = PAGE_BYTES, ""
+        for key in sorted(key for key, step in self._steps.items() if key > last and uid in (0, step.uid)):
+            if room < 0:
+                return [("json", f"[{', '.join(found)}]"), ("more", more)]
+            found.append(json.dumps(self._steps[key].describe()))
+            room -= len(found[-1])
+            more = f"{key[0]}.{key[1]}"
+        return [("json", f"[{', '.join(found)}]")]
 
     async def reconcile(self) -> list[int] | None:
         """Undo what jobs left whose epilog this agent missed; returns their ids, None without slurmctld."""

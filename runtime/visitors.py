@@ -25,6 +25,8 @@ from enclos.runtime.relays import drop_privileges
 CONNECTIONS = 256
 CONNECTIONS_PER_USER = 16
 REQUEST_BYTES = 4096
+REQUEST_FIELDS = 16
+"""Each gets a prefix: with many short ones a request would grow beyond what OUTSTANDING counts on."""
 IDLE_SECONDS = 10.0
 OUTSTANDING = 16
 """Requests that the agent has not answered yet. Few enough to fit into the channel: sending never blocks."""
@@ -109,6 +111,8 @@ class _Desk:
             if not packet or flags & socket.MSG_TRUNC:
                 raise protocol.ProtocolError("no request")
             fields = [(PREFIX + key, value) for key, values in protocol.decode(packet).items() for value in values]
+            if len(fields) > REQUEST_FIELDS:
+                raise protocol.ProtocolError("too many fields")
         except BlockingIOError:
             return
         except (OSError, protocol.ProtocolError):

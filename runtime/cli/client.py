@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import socket
+from collections.abc import Mapping
 from typing import Any
 
 from enclos.runtime import errors, protocol
@@ -19,7 +20,7 @@ ANSWER_SECONDS = 5.0
 
 
 def ask(verb: str, path: str = "", *, timeout_seconds: float = ANSWER_SECONDS, **fields: str) -> Any:  # noqa: ANN401  # whatever JSON holds
-    """Send one request and return the JSON of its answer.
+    """Send one request and return the JSON of its answer; a list comes in as many parts as it takes.
 
     Root asks the agent itself, so that no user can stand in the way.
 
@@ -27,12 +28,20 @@ def ask(verb: str, path: str = "", *, timeout_seconds: float = ANSWER_SECONDS, *
         EnclosError: agent_not_running, agent_silent, or the agent's own error in its words.
     """
     path = path or (AGENT_SOCKET if os.geteuid() == 0 else USER_SOCKET)
+    value, more = _exchange(path, timeout_seconds, {"verb": verb, **fields})
+    while more:
+        page, more = _exchange(path, timeout_seconds, {"verb": verb, **fields, "after": more})
+        value += page
+    return value
+
+
+def _exchange(path: str, timeout_seconds: float, fields: Mapping[str, str]) -> tuple[Any, str]:
+    """One request: the JSON of the answer, and where a list goes on, or ""."""
     with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_CLOEXEC) as connection:
         connection.settimeout(timeout_seconds)
         try:
             connection.connect(path)
-            request = {"version": str(protocol.VERSION), "verb": verb, **fields}
-            protocol.send(connection, request.items())
+            protocol.send(connection, [("version", str(protocol.VERSION)), *fields.items()])
             answer = protocol.receive(connection)
         except TimeoutError as error:
             raise errors.agent_silent(path, int(timeout_seconds)) from error
@@ -43,7 +52,7 @@ def ask(verb: str, path: str = "", *, timeout_seconds: float = ANSWER_SECONDS, *
     if answer is None:
         raise errors.bad_answer("it closed the connection without an answer")
     with answer:
-        return _value(answer)
+        return _value(answer), answer.get("more")
 
 
 def _value(answer: protocol.Message) -> Any:  # noqa: ANN401
