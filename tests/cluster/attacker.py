@@ -146,7 +146,7 @@ def hold(seconds: str) -> None:
 
 
 def node_address() -> str:
-    return socket.gethostbyname(os.uname().nodename)
+    return str(socket.gethostbyname(os.uname().nodename))
 
 
 def checksum(data: bytes) -> int:
