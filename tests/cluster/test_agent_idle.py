@@ -1,6 +1,7 @@
 """The agent at rest: it does not wake up, and steps leave it as many descriptors as it had.
 
-Both are read from /proc, of the agent and of its zygote. Memory over many steps is a benchmark (benchmarks/agent.py).
+Both are read from /proc, of the agent and of the processes that stay with it. Memory over many steps is a benchmark
+(benchmarks/agent.py).
 """
 
 from __future__ import annotations
@@ -8,6 +9,7 @@ from __future__ import annotations
 import os
 import subprocess
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -17,30 +19,34 @@ from enclos.runtime.cluster.cluster import Cluster
 IDLE_SECONDS = 5.0
 STEPS = 20
 SETTLE_SECONDS = 10.0
+STAYING = ["enclos-visitors", "enclos-zygote"]
 
 
-def children(pid: int) -> list[int]:
-    """Pids of the children of a process with one thread or several."""
-    tasks = Path(f"/proc/{pid}/task").iterdir()
-    return [int(child) for task in tasks for child in (task / "children").read_text().split()]
+def descendants(pid: int) -> dict[str, int]:
+    """Children of a process and theirs, by name; of two with one name, one gets its pid added."""
+    found: dict[str, int] = {}
+    with suppress(FileNotFoundError, ProcessLookupError):
+        for task in Path(f"/proc/{pid}/task").iterdir():
+            for child in (task / "children").read_text().split():
+                name = Path(f"/proc/{child}/comm").read_text().strip()
+                found[f"{name} {child}" if name in found else name] = int(child)
+                found |= descendants(int(child))
+    return found
 
 
 def processes(cluster: Cluster, node: str) -> dict[str, int]:
-    """The agent and its zygote, when the agent has no step any more and the zygote no child.
-
-    The zygote is forked once, so a second child of the agent, or none, is a failure.
-    """
+    """The agent and the processes that stay with it, when there is no step and no other process any more."""
     agent = cluster.agent_pid(node)
     records = cluster.path_on(node, "/run/enclos/journal")
     deadline = time.monotonic() + SETTLE_SECONDS
-    while list(records.glob("step.*")) or len(children(agent)) != 1 or children(children(agent)[0]):
-        assert time.monotonic() < deadline, f"{node}: {os.listdir(records)}, children {children(agent)}"
+    while list(records.glob("step.*")) or sorted(descendants(agent)) != STAYING:
+        assert time.monotonic() < deadline, f"{node}: {os.listdir(records)}, {descendants(agent)}"
         time.sleep(0.05)
-    return {f"{node} agent": agent, f"{node} zygote": children(agent)[0]}
+    return {f"{node} {name}": pid for name, pid in {"enclosd": agent, **descendants(agent)}.items()}
 
 
 def everywhere(cluster: Cluster) -> dict[str, int]:
-    """Agent and zygote of each node."""
+    """The processes of all nodes."""
     return {name: pid for node in cluster.nodes for name, pid in processes(cluster, node).items()}
 
 

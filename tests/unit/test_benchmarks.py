@@ -135,7 +135,7 @@ def test_calls_that_were_begun_are_no_wake_ups(row: str, waiting: bool) -> None:
 
 def sample(steps: int, anonymous: int, descriptors: int) -> agent.Sample:
     size = agent.Footprint(anonymous + 10000, anonymous, anonymous, descriptors)
-    return agent.Sample(steps, size, size, 100)
+    return agent.Sample(steps, size, dict.fromkeys(agent.STAYING, size), 100)
 
 
 @pytest.mark.parametrize(
