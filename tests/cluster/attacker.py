@@ -94,12 +94,11 @@ def hunt(name: str, seconds: str) -> None:
     stopped: set[int] = set()
     tell(state="hunting")
     while time.monotonic() < end:
-        for pid in set(processes(name)) - stopped:
-            stopped.add(pid)
-            while (result := attempt(lambda pid=pid: os.kill(pid, signal.SIGSTOP))) == "EPERM":  # type: ignore[misc]
-                if time.monotonic() > end:
-                    return
-            if result == "ok":
+        found = set(processes(name)) - stopped
+        # Those of others, and ours while they are root's still, are tried again and again.
+        for pid in [*found] * 50:
+            if pid not in stopped and attempt(lambda pid=pid: os.kill(pid, signal.SIGSTOP)) == "ok":  # type: ignore[misc]
+                stopped.add(pid)
                 tell(pid=pid, found=look_into(pid))
 
 
@@ -150,7 +149,7 @@ def node_address() -> str:
 
 
 def checksum(data: bytes) -> int:
-    total = sum(struct.unpack(f"!{len(data) // 2}H", data))
+    total: int = sum(struct.unpack(f"!{len(data) // 2}H", data))
     while total >> 16:
         total = (total & 0xFFFF) + (total >> 16)
     return ~total & 0xFFFF

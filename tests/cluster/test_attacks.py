@@ -25,6 +25,8 @@ from enclos.runtime.cluster.daemons import DaemonFailed
 PYTHON = "/usr/bin/python3"
 ATTACKER = "/shared/attacker.py"
 TOOLS = "--container-mounts=/usr:/usr:ro,/shared:/shared"
+# A builder that does much as the user, so that an attacker has time.
+SLOW = "--container-mounts=" + ",".join(f"/usr:/mnt/{number}" for number in range(150))
 DENIED = {"EPERM", "EACCES"}
 VICTIM_PORT = "9999"
 
@@ -282,7 +284,7 @@ def test_a_stopped_builder_shows_nothing_and_holds_up_nobody(idle: Cluster, imag
     with settings(idle, "n1", "step: {build_deadline_seconds: 2}\n"):
         with going_on(idle, PYTHON, ATTACKER, "hunt", "enclos-build", "9") as hunter:
             begin = time.monotonic()
-            with idle.popen(["srun", "-w", "n1", f"--container-image={image}", "true"], "usera") as stopped:
+            with idle.popen(["srun", "-w", "n1", f"--container-image={image}", SLOW, "true"], "usera") as stopped:
                 assert hunter.stdout is not None
                 rows = [json.loads(hunter.stdout.readline())]
                 # Another user's step, with the same image, while the builder stands still.
@@ -303,7 +305,7 @@ def test_a_stopped_builder_shows_nothing_and_holds_up_nobody(idle: Cluster, imag
 
 def test_a_user_who_kills_his_builders_gets_a_clear_error(idle: Cluster, image: str) -> None:
     with going_on(idle, PYTHON, ATTACKER, "slay", "enclos-build", "6"):
-        done = step(idle, image, "hostname")
+        done = step(idle, image, "hostname", options=[SLOW])
     assert done.returncode != 0
     assert done.stdout == ""
     assert "enclos:" in done.stderr and "killed" in done.stderr, done.stderr
