@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 import re
 import shutil
-import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -212,11 +211,12 @@ def is_free(cluster: Cluster, node: str, job: int) -> bool:
     return cluster.run(f"ip {add} && ip link delete probe", node=node).returncode == 0
 
 
-def await_free(cluster: Cluster, node: str, job: int, seconds: float) -> None:
-    deadline = time.monotonic() + seconds
-    while not is_free(cluster, node, job) or elements(cluster, node, job) != "[]":
-        assert time.monotonic() < deadline, f"VNI still taken after {seconds} s"
-        time.sleep(0.02)
+def assert_ended(cluster: Cluster, nodes: Sequence[str], job: int) -> None:
+    """By the time that Slurm calls the job complete, nothing of its network is left."""
+    cluster.await_idle()
+    for node in nodes:
+        assert is_free(cluster, node, job), node
+        assert elements(cluster, node, job) == "[]", node
 
 
 def test_the_network_ends_with_its_job_whoever_holds_it(idle: Cluster, image: str) -> None:
@@ -232,8 +232,7 @@ def test_the_network_ends_with_its_job_whoever_holds_it(idle: Cluster, image: st
                 assert "10.90.0.2" in elements(idle, "n1", job)
                 assert "10.90.0.1" in elements(idle, "n2", job)
                 idle.run(["scancel", str(job)], "usera")
-                for node in ("n1", "n2"):
-                    await_free(idle, node, job, 10)
+                assert_ended(idle, ["n1", "n2"], job)
                 assert idle.run(["pgrep", "-f", "peer.py hold"], node="n1").stdout  # The namespace is still there.
 
 
@@ -247,8 +246,7 @@ def test_the_network_ends_although_a_task_was_killed_with_data_unsent(idle: Clus
             idle.run(["pkill", "-KILL", "-u", "usera", "-f", "peer.py"], node="n2")
             idle.run(["pkill", "-KILL", "-u", "usera", "-f", "peer.py"], node="n1")
         idle.run(["scancel", str(job)], "usera")
-        for node in ("n1", "n2"):
-            await_free(idle, node, job, 10)
+        assert_ended(idle, ["n1", "n2"], job)
 
 
 def test_a_network_lasts_from_step_to_step_and_no_longer_than_its_job(idle: Cluster, image: str) -> None:
@@ -256,7 +254,7 @@ def test_a_network_lasts_from_step_to_step_and_no_longer_than_its_job(idle: Clus
         assert is_free(idle, "n1", job)
         run(idle, image, "true", *joined)
         assert not is_free(idle, "n1", job)
-    await_free(idle, "n1", job, 10)
+    assert_ended(idle, ["n1"], job)
 
 
 # -- errors and notices -----------------------------------------------------------------------------------
