@@ -29,6 +29,8 @@ class Container:
         self._images = images
         self._child: Child | None = None
         self._image: MountedImage | None = None
+        # What others share (images, their maps) is only taken from a builder that still is root.
+        self._mapped = False
         self.namespaces: dict[str, int] = {}
         self.environment: list[str] = []
         self.warnings: list[str] = []
@@ -54,6 +56,8 @@ class Container:
         while True:
             with await self._child.receive() as message:
                 self.marks.append((message.get("what") or message.get("state"), time.perf_counter()))
+                if self._mapped and message.get("state") not in ("ready", "error"):
+                    raise ProtocolError("a builder that is its user's wants something of the node")
                 match message.get("state"), message.get("what"):
                     case "need", "net":
                         self._child.send([("state", "given")], await network())
@@ -62,6 +66,7 @@ class Container:
                     case "need", "attached":
                         self._child.send([("state", "given")], [self._mounted().mount_fd])
                     case "need", "map":
+                        self._mapped = True
                         self._write_maps(message)
                         self._child.send([("state", "given")])
                     case "give", "image":

@@ -11,6 +11,7 @@ import grp
 import os
 import pwd
 import stat
+import sys
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Protocol
@@ -452,6 +453,7 @@ class EnterRoot:
         layers = [(f"{layer}dir", f"{self.stage}/{layer}") for layer in ("lower", "upper", "work")]
         attributes = MOUNT_ATTR_NOSUID | MOUNT_ATTR_NODEV
         root_fd = linux.mount_filesystem("overlay", (*layers, ("userxattr", None)), attributes)
+        _forbid_imports()
         linux.move_mount(root_fd, linux.AT_FDCWD, f"{self.stage}/root")
         linux.enter_root(root_fd)
         builder.drop("lower")
@@ -611,6 +613,12 @@ class CheckWorkdir:
             raise errors.workdir_missing(self.path) from error
         if not os.access(self.path, os.X_OK):
             raise errors.workdir_missing(self.path)
+
+
+def _forbid_imports() -> None:
+    """From here on a module that is not loaded yet would be the image's: its user's code, in this process."""
+    sys.meta_path.clear()
+    sys.path.clear()
 
 
 def _is_roots(fd: int, status: os.stat_result) -> bool:

@@ -43,18 +43,24 @@ def make_directories(root_fd: int, path: str, mode: int = 0o755) -> int:
     """
     resolve = RESOLVE_IN_ROOT | RESOLVE_NO_MAGICLINKS
     flags = os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC
-    try:
-        return linux.openat2(root_fd, path or "/", flags, 0, resolve)
-    except FileNotFoundError:
-        parent, name = os.path.split(path.rstrip("/"))
-        parent_fd = make_directories(root_fd, parent)
-    try:
-        os.mkdir(name, 0o755, dir_fd=parent_fd)
-        if mode != 0o755:
-            os.chmod(name, mode, dir_fd=parent_fd)  # mkdir applies the umask, and drops the sticky bit
-        return linux.openat2(parent_fd, name, flags, 0, resolve)
-    finally:
-        os.close(parent_fd)
+    missing: list[str] = []
+    while True:
+        try:
+            fd = linux.openat2(root_fd, path or "/", flags, 0, resolve)
+            break
+        except FileNotFoundError:
+            path, name = os.path.split(path.rstrip("/"))
+            missing.append(name)
+    while missing:
+        parent_fd, name = fd, missing.pop()
+        try:
+            os.mkdir(name, 0o755, dir_fd=parent_fd)
+            if not missing and mode != 0o755:
+                os.chmod(name, mode, dir_fd=parent_fd)  # mkdir applies the umask, and drops the sticky bit
+            fd = linux.openat2(parent_fd, name, flags, 0, resolve)
+        finally:
+            os.close(parent_fd)
+    return fd
 
 
 def attach(root_fd: int, mount_fd: int, target: str) -> None:

@@ -20,6 +20,8 @@ import sys
 from enclos.runtime import linux, protocol
 from enclos.runtime.tasks import TASKS, Task
 
+REPORT_LINES = 64
+
 
 def main() -> None:
     """Serve spawn requests on the descriptor that argv names, until the agent closes its end."""
@@ -83,11 +85,18 @@ def _child(control: socket.socket, task: Task, channel_fd: int, request: protoco
 
 
 def _report(task: Task, error: BaseException) -> None:
-    """A traceback means a bug of ours; it goes to the agent's log."""
-    import traceback
+    """An unexpected error means a bug of ours; it goes to the agent's log.
 
-    sys.stderr.write(f"enclos-{task.name}: unexpected {type(error).__name__}\n")
-    traceback.print_exception(error)
+    Without the module `traceback`, which would be looked for, as the source lines would, where this process stands:
+    that may be a user's image by now.
+    """
+    lines = [f"enclos-{task.name}: unexpected {error!r}"]
+    place = error.__traceback__
+    while place is not None and len(lines) < REPORT_LINES:
+        code = place.tb_frame.f_code
+        lines.append(f"  {code.co_filename}:{place.tb_lineno} in {code.co_name}")
+        place = place.tb_next
+    sys.stderr.write("\n".join(lines) + "\n")
 
 
 if __name__ == "__main__":
