@@ -117,12 +117,15 @@ class Builder:
         os.setgroups(self.groups)
         _, permitted, _ = linux.get_capabilities()
         linux.set_filesystem_ids(self.uid, self.gid)
+        # Cleared by that change (prctl(2)); looking at the user's path may take for ever.
+        linux.set_parent_death_signal(signal.SIGKILL)
         linux.set_capabilities(0, permitted)
         try:
             yield
         finally:
             linux.set_capabilities(permitted, permitted)
             linux.set_filesystem_ids(0, 0)
+            linux.set_parent_death_signal(signal.SIGKILL)
             os.setgroups([])
 
     def run(self, early: Sequence[Operation]) -> None:

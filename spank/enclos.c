@@ -28,6 +28,7 @@ SPANK_PLUGIN(enclos, 1)
 static struct {
 	const char *socket;
 	bool wanted;		 /* the step asked for a container: from here on it must not run outside */
+	pid_t stepd;		 /* slurmstepd, the parent of all tasks */
 	int prepare_fd;		 /* open until slurmstepd ends, so that the agent notices the end at once */
 	struct wire_out facts;	 /* what PREPARE and JOIN have in common */
 	char cwd[PATH_MAX];
@@ -117,6 +118,7 @@ static bool step_begun(spank_t spank, pid_t stepd)
 	step.wanted = true;
 	options_settle(spank);
 	step_add_facts(spank, &step.facts);
+	step.stepd = stepd;
 	wire_add_number(&step.facts, "stepd", (unsigned long long)stepd);
 	return true;
 }
@@ -206,7 +208,15 @@ int slurm_spank_task_init(spank_t spank, int count, char *words[])
 		report_exit(status);
 	}
 	join_environment(&step.join, spank);
-	if (!join_container(&step.join) || !join_confine(&step.join))
+	if (!join_container(&step.join))
+		report_exit(1);
+	/*
+	 * If slurmstepd was killed before this task was in the container, the agent did not find it there when it cleaned
+	 * up. From here on it does.
+	 */
+	if (getppid() != step.stepd)
+		_exit(1);
+	if (!join_confine(&step.join))
 		report_exit(1);
 	taskprolog_apply(spank);
 	if (!join_find_command(spank))

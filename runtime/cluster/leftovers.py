@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import time
 from collections import Counter
@@ -21,6 +22,7 @@ from enclos.runtime.cluster.nodes import enter_command
 
 KINDS = ("net", "mnt", "user", "ipc", "uts", "cgroup")
 Things = Mapping[str, int]
+_NUMBER = re.compile(r"\d+")
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,6 +55,7 @@ def snapshot(cluster: Cluster) -> Snapshot:
     """Look at all nodes."""
     found: dict[str, Counter[str]] = {one.name: Counter() for one in fields(Snapshot)}
     for node in cluster.nodes:
+        found["seen"] = Counter({cluster.namespaces(node)["net"]: 1})
         for pid in cluster.processes(node):
             _count_process(found, node, pid)
         own = cluster.node_pid(node)
@@ -62,7 +65,7 @@ def snapshot(cluster: Cluster) -> Snapshot:
         found["files"].update(f"{node} {path}" for path in _files(cluster.path_on(node, "/run/enclos")))
         found["cgroups"].update(f"{node} {path}" for path in _cgroups(cluster, node))
     found["loops"].update(_loops(cluster))
-    return Snapshot(**{name: dict(counted) for name, counted in found.items()})
+    return Snapshot(**{one.name: dict(found[one.name]) for one in fields(Snapshot)})
 
 
 def await_same(cluster: Cluster, before: Snapshot, timeout: float = 10) -> list[str]:
@@ -84,21 +87,37 @@ def _count_process(found: Mapping[str, Counter[str]], node: str, pid: int) -> No
         folder = Path(f"/proc/{pid}")
         name = (folder / "comm").read_text().strip()
         inside = {kind: os.readlink(folder / "ns" / kind) for kind in KINDS}
-        held = [os.readlink(entry.path) for entry in os.scandir(folder / "fd")]
+        held = {entry.path: os.readlink(entry.path) for entry in os.scandir(folder / "fd")}
         found["processes"][f"{node} {name}"] += 1
         for kind, namespace in inside.items():
             # Set, not add: a namespace counts once, however many processes are in it.
             found["namespaces"][f"{node} {namespace}"] = 1
             if kind == "mnt":
                 _count_mounts(found, node, pid, namespace)
-        spaces = [target for target in held if target.partition(":")[0] in KINDS]
-        found["descriptors"].update(f"{node} {name} {space}" for space in spaces)
+        spaces = {path: target for path, target in held.items() if target.partition(":")[0] in KINDS}
+        found["descriptors"].update(f"{node} {name} {space}" for space in spaces.values())
+        for path, space in {**spaces, str(folder / "ns" / "net"): inside["net"]}.items():
+            _count_links(found, node, path, space)
+        if name.startswith("enclos"):
+            # Those of our daemons by their kind: one more after each step is a leak.
+            kinds = (_NUMBER.sub("", target) for target in held.values() if target not in spaces.values())
+            found["descriptors"].update(f"{node} {name} {kind}" for kind in kinds)
 
 
 def _count_mounts(found: Mapping[str, Counter[str]], node: str, pid: int, namespace: str) -> None:
     """Count the mounts of a mount namespace that some process made for itself, such as the agent's."""
     for point, number in Counter(_mounts(pid)).items():
         found["mounts"][f"{node} {namespace} {point}"] = number
+
+
+def _count_links(found: Mapping[str, Counter[str]], node: str, path: str, namespace: str) -> None:
+    """Count the links of a network namespace that is not the node's own: processes may be gone, links not yet."""
+    if not namespace.startswith("net:") or found["seen"][namespace]:
+        return
+    found["seen"][namespace] = 1
+    command = ["nsenter", f"--net={path}", "ip", "-j", "link"]
+    shown = subprocess.run(command, capture_output=True, text=True, check=False)
+    found["links"].update(f"{node} {namespace} {row['ifname']}" for row in json.loads(shown.stdout or "[]"))
 
 
 def _mounts(pid: int) -> list[str]:

@@ -125,6 +125,35 @@ def leftovers(idle: Cluster, image: str) -> Leftovers:
     return Leftovers(idle)
 
 
+@pytest.fixture(scope="session")
+def fragile(make_cluster: Callable[..., Cluster]) -> Cluster:
+    """Two nodes whose processes a test may kill.
+
+    An image is unmounted as soon as nobody uses it, so that each step mounts one, and a count afterwards is exact.
+    """
+    made = make_cluster(2, config="images:\n  idle_seconds: 0\nstep:\n  build_deadline_seconds: 6\n")
+    images.install(made.layout.images)
+    return made
+
+
+@pytest.fixture
+def clean(fragile: Cluster) -> Iterator[Leftovers]:
+    """A count on the fragile cluster, taken now; all agents run, before the test and after it."""
+    for node in fragile.nodes:
+        fragile.start_agent(node)
+    fragile.await_idle()
+    # The agent keeps a user namespace for each user's idmapped mounts, from his first step on.
+    first = ["srun", "-N2", "--container-image=/images/openmpi.sqsh", "--container-network=job", "true"]
+    assert (done := fragile.run(first, user="usera")).returncode == 0, done.stderr
+    fragile.await_idle()
+    yield Leftovers(fragile)
+    for node in fragile.nodes:
+        fragile.start_agent(node)
+    fragile.run("scancel --user=usera,userb")
+    fragile.await_idle()
+    assert set(fragile.run(["sinfo", "-h", "-N", "-o", "%T"]).stdout.split()) == {"idle"}
+
+
 def said(text: str) -> list[str]:
     """The lines that a user has to read: without srun's notices that a job waits for another to complete."""
     notices = ("queued and waiting for resources", "has been allocated resources")
