@@ -29,6 +29,9 @@ log = logging.getLogger("enclosd")
 # JSON: a page fits into a packet.
 PAGE_BYTES = 65536
 
+# As much of an error as the shim shows: with an option of 100 KB in it, it would not fit into a packet.
+TEXT_CHARACTERS = 2000
+
 # Parts of the reply to JOIN, in the order in which the shim needs them.
 DESCRIPTOR_ORDER = ("net", "user", "mnt", "ipc", "uts", "seccomp")
 
@@ -88,7 +91,7 @@ class Agent:
         return [("status", "ok")], []
 
     def _refusal(self, error: errors.EnclosError) -> list[tuple[str, str]]:
-        fields = [("status", "error"), ("text", error.line(self.around.node))]
+        fields = [("status", "error"), ("text", error.line(self.around.node)[:TEXT_CHARACTERS])]
         return fields + ([("hint", errors.printable(error.hint))] if error.hint else [])
 
     async def _learn(self, message: protocol.Message) -> None:

@@ -31,6 +31,8 @@ from enclos.runtime.spawner import Child, ChildDied, Spawner
 log = logging.getLogger("enclosd")
 
 ATTEMPTS = 2
+# Of what a user wrote, which comes back to him in one packet with everything else.
+NOTICE_CHARACTERS = 1000
 SWEEPS = 5
 SWEEP_SECONDS = 60.0
 
@@ -384,7 +386,8 @@ class NodeStep(Step):
             if not self._decision.mount_home:
                 fields.append(("set", "HOME=/root"))
         fields += self._environment()
-        fields += [("notice", text) for text in (*self._notices, *self.container.warnings)]
+        notices = (*self._notices, *self.container.warnings)
+        fields += [("notice", errors.printable(text[:NOTICE_CHARACTERS])) for text in notices]
         return JoinReply(fields, fds)
 
     def _seccomp(self) -> int:

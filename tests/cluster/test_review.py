@@ -64,3 +64,16 @@ def test_a_job_id_given_again_brings_no_network_along(idle: Cluster, image: str)
     devices, _ = old.communicate("go on\n", timeout=30)
     assert "status=ok" in told.stdout
     assert devices.split() == ["lo"], "the old network is still there for the new user's steps"
+
+
+def test_an_error_about_a_huge_option_arrives(usera: Run, image: str) -> None:
+    """Escaped, the option is larger than a packet; the user was told that the agent had ended."""
+    failed = usera(["srun", f"--container-image={image}", "--container-mounts=" + "\x01" * 60000 + ":/x", "true"])
+    assert failed.returncode != 0
+    assert r"enclos: --container-mounts=\x01\x01" in failed.stderr
+
+
+def test_deep_paths_are_made(usera: Run, image: str) -> None:
+    deep = "/a" * 2000
+    made = usera(["srun", f"--container-image={image}", f"--container-mounts=tmpfs:{deep}", "echo", "inside"])
+    assert (made.returncode, made.stdout) == (0, "inside\n")
