@@ -36,7 +36,8 @@ BACKLOG = 512
 CONNECTIONS = 4096
 """At once; more wait in the listener's backlog. A descriptor limit lowers it."""
 SPARE_DESCRIPTORS = 32
-CHUNK_BYTES = 256 << 10
+CHUNK_BYTES = 16 << 10
+"""Read at once, and kept at most per direction: with all connections stuck 128 MB, which no job is charged for."""
 EXHAUSTED_SECONDS = 1.0
 IDLE = 0
 UNWATCHED = -1
