@@ -271,7 +271,7 @@ def open_stepd(pid: int) -> int:
         raise errors.bad_request(f"stepd={pid}: {errors.reason(error.errno or 0)}") from error
     try:
         executable = os.readlink(f"/proc/{pid}/exe").removesuffix(" (deleted)")
-        owner = os.stat(f"/proc/{pid}").st_uid
+        owner = _real_uid(pid)
     except OSError as error:
         os.close(pidfd)
         raise errors.bad_request(f"stepd={pid}: {errors.reason(error.errno or 0)}") from error
@@ -280,3 +280,10 @@ def open_stepd(pid: int) -> int:
         os.close(pidfd)
         raise errors.bad_request(f"stepd={pid} is no slurmstepd")
     return pidfd
+
+
+def _real_uid(pid: int) -> int:
+    """The real uid: slurmstepd has the user's as its effective one at times, also while its tasks ask to join."""
+    with open(f"/proc/{pid}/status", "rb", buffering=0) as file:
+        text = file.read(65536)
+    return int(text.partition(b"\nUid:")[2].split(None, 1)[0])
