@@ -37,6 +37,8 @@ read -r stat < /proc/self/fd/{PROC_FD}/self/stat
 """
 EPILOGUE = f"""\
 mount -t proc -o nosuid,nodev,noexec proc /proc
+# As systemd leaves it: what is mounted later appears in the namespaces of daemons and containers.
+mount --make-rshared /
 echo "$hostname" > /proc/sys/kernel/hostname
 echo "$stat" >&{READY_FD}
 exec {READY_FD}>&- {PROC_FD}<&- < /dev/null > /dev/null 2>&1
