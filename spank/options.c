@@ -144,7 +144,7 @@ static int choose_local(int index, const char *value)
 		return -1;
 	}
 	if (row->has_arg && given_twice(index, value)) {
-		slurm_error("enclos: --%s: given twice%s", row->name,
+		slurm_error("enclos: --%s: specified multiple times%s", row->name,
 			    strcmp(row->key, "mounts") == 0 ? "; separate several mounts by commas" : "");
 		return -1;
 	}
@@ -330,7 +330,7 @@ static int winner(int index)
 
 static int refuse_both(int one, int other)
 {
-	slurm_error("enclos: --%s, --%s: these exclude each other", row_at(one)->name, row_at(other)->name);
+	slurm_error("enclos: both --%s and --%s were specified", row_at(one)->name, row_at(other)->name);
 	return -1;
 }
 

@@ -192,7 +192,7 @@ CASES = [
     in_image(
         "readonly-and-writable",
         ["--container-readonly", "--container-writable"],
-        "enclos: --container-readonly, --container-writable: these exclude each other",
+        "enclos: both --container-readonly and --container-writable were specified",
     ),
     in_image("step-of-root", [], "enclos: --container-image: steps of root are refused on n1", ROOT, user="root"),
 ]

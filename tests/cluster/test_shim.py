@@ -198,11 +198,11 @@ def listening(cluster: Cluster, answer: Sequence[tuple[str, str]] | None = tuple
         ),
         (
             ["--container-image=/x", "--container-readonly", "--container-writable"],
-            "--container-readonly, --container-writable: these exclude each other",
+            "both --container-readonly and --container-writable were specified",
         ),
         (
             ["--container-image=/x", "--container-remap-root", "--no-container-remap-root"],
-            "--container-remap-root, --no-container-remap-root: these exclude each other",
+            "both --container-remap-root and --no-container-remap-root were specified",
         ),
         (
             ["--container-image=/x", "--container-mounts=/a:b"],
@@ -218,7 +218,7 @@ def listening(cluster: Cluster, answer: Sequence[tuple[str, str]] | None = tuple
         ),
         (
             ["--container-image=/x", "--container-mounts=/a:/b", "--container-mounts=/c:/d"],
-            "--container-mounts: given twice; separate several mounts by commas",
+            "--container-mounts: specified multiple times; separate several mounts by commas",
         ),
         (["--container-image=/x", "--container-workdir=home"], "--container-workdir=home: not an absolute path"),
     ],
