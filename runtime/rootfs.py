@@ -54,7 +54,12 @@ def make_directories(root_fd: int, path: str, mode: int = 0o755) -> int:
     while missing:
         parent_fd, name = fd, missing.pop()
         try:
-            os.mkdir(name, 0o755, dir_fd=parent_fd)
+            try:
+                os.mkdir(name, 0o755, dir_fd=parent_fd)
+            except FileExistsError:  # A link to what is missing: that is made.
+                link = os.readlink(name, dir_fd=parent_fd)
+                return make_directories(root_fd, os.path.join(path, link, *reversed(missing)), mode)
+            path = os.path.join(path, name)
             if not missing and mode != 0o755:
                 os.chmod(name, mode, dir_fd=parent_fd)  # mkdir applies the umask, and drops the sticky bit
             fd = linux.openat2(parent_fd, name, flags, 0, resolve)
@@ -90,7 +95,11 @@ def _make_target(root_fd: int, target: str, directory: bool) -> int:
         return make_directories(root_fd, target)
     with _parent(root_fd, target) as (parent_fd, name):
         flags = os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_NOFOLLOW | os.O_CLOEXEC
-        os.close(os.open(name, flags, 0o644, dir_fd=parent_fd))
+        try:
+            os.close(os.open(name, flags, 0o644, dir_fd=parent_fd))
+        except FileExistsError:  # A link to what is missing, as above.
+            link = os.readlink(name, dir_fd=parent_fd)
+            return _make_target(root_fd, os.path.join(os.path.dirname(target), link), directory)
         return os.open(name, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=parent_fd)
 
 
