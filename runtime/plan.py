@@ -21,6 +21,7 @@ from enclos.runtime.linux import (
     MOUNT_ATTR_NOSUID,
     MOUNT_ATTR_NOSYMFOLLOW,
     MOUNT_ATTR_RDONLY,
+    MOUNT_ATTR_STRICTATIME,
 )
 from enclos.runtime.mounts import Mount
 from enclos.runtime.policy import Decision
@@ -31,11 +32,13 @@ SAFE = MOUNT_ATTR_NOSUID | MOUNT_ATTR_NODEV
 KERNEL_FS = SAFE | MOUNT_ATTR_NOEXEC
 STANDARD_NODES = ("/dev/null", "/dev/zero", "/dev/full", "/dev/random", "/dev/urandom", "/dev/tty")
 FIXED_TARGETS = ("/proc", "/sys", "/dev", "/etc/passwd", "/tmp")
-MOUNT_FLAGS = {
-    "noexec": MOUNT_ATTR_NOEXEC,
+MOUNT_FLAGS = {"noexec": MOUNT_ATTR_NOEXEC, "nosymfollow": MOUNT_ATTR_NOSYMFOLLOW}
+# Only of mounts that are new: the kernel does not let a user namespace change how another's mounts keep access times
+# (MNT_LOCK_ATIME in fs/namespace.c).
+TMPFS_FLAGS = MOUNT_FLAGS | {
     "noatime": MOUNT_ATTR_NOATIME,
     "nodiratime": MOUNT_ATTR_NODIRATIME,
-    "nosymfollow": MOUNT_ATTR_NOSYMFOLLOW,
+    "strictatime": MOUNT_ATTR_STRICTATIME,
 }
 
 
@@ -166,9 +169,10 @@ def _home_mount(request: StepRequest, decision: Decision) -> tuple[Mount, ...]:
 
 
 def _attributes(mount: Mount) -> int:
+    flags = TMPFS_FLAGS if mount.kind == "tmpfs" else MOUNT_FLAGS
     attributes = SAFE | (MOUNT_ATTR_RDONLY if mount.read_only else 0)
     for option in mount.options:
-        attributes |= MOUNT_FLAGS.get(option, 0)
+        attributes |= flags.get(option, 0)
     return attributes
 
 
