@@ -24,7 +24,7 @@ FACTS = {
     "tasks": ["2"],
     "spool": ["/var/spool/slurmd"],
     "tmpfs": ["/tmp"],
-    "cwd": ["/work"],
+    "cwd": ["/scratch/ada"],
     "home": ["/home/ada"],
     "option.image": ["/images/mpi.sqsh"],
 }
@@ -105,4 +105,4 @@ def test_home_without_a_home_is_refused() -> None:
 def test_the_sites_mounts_come_before_the_users() -> None:
     lines = make("mounts", b'mounts: {site: ["/opt/site:/opt/site:ro"]}').describe()
     sources = [line.split()[1] for line in lines if line.startswith("clone /")]
-    assert sources == ["/opt/site", "/home/ada", "/scratch", "/work/in"]
+    assert sources == ["/opt/site", "/home/ada", "/scratch", "/scratch/ada/in"]
