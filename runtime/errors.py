@@ -190,6 +190,16 @@ def image_untrusted(reference: str) -> EnclosError:
     )
 
 
+def image_place_missing(reference: str, path: str, number: int) -> EnclosError:
+    """Where every container has something mounted, the image has something else."""
+    return UserError(
+        _image(reference),
+        f"nothing can be mounted at {path} of the image",
+        reason(number),
+        "it has to be a directory, or missing",
+    )
+
+
 # ---------------------------------------------------------------- mounts and directories
 
 

@@ -448,7 +448,7 @@ class EnterRoot:
             os.mkdir(name, 0o755, dir_fd=builder.fds["upper"])
         linux.move_mount(builder.fds["upper"], linux.AT_FDCWD, self.stage)
         linux.move_mount(builder.fds["lower"], linux.AT_FDCWD, f"{self.stage}/lower")
-        if builder.image_is_directory:
+        if os.fstat(builder.fds["lower"]).st_uid != os.getuid():
             self._shadow_parents(builder.fds["lower"])
         layers = [(f"{layer}dir", f"{self.stage}/{layer}") for layer in ("lower", "upper", "work")]
         attributes = MOUNT_ATTR_NOSUID | MOUNT_ATTR_NODEV
@@ -461,7 +461,7 @@ class EnterRoot:
         builder.keep("root", root_fd)
 
     def _shadow_parents(self, lower_fd: int) -> None:
-        """The files of a squashfs image are shown as the user's; those of a directory stay whose they are."""
+        """Root's files in a squashfs image are shown as the user's; those of a directory stay whose they are."""
         layer_fd = os.open(f"{self.stage}/upper", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
         try:
             for target in self.targets:
@@ -478,6 +478,7 @@ class MountInside:
     target: str
     options: tuple[tuple[str, str | None], ...] = ()
     attributes: int = MOUNT_ATTR_NOSUID | MOUNT_ATTR_NODEV
+    option: str = "--container-mounts"
 
     def describe(self) -> str:
         return f"mount {self.fstype} at {self.target}"
@@ -486,6 +487,8 @@ class MountInside:
         mount_fd = linux.mount_filesystem(self.fstype, self.options, self.attributes)
         try:
             rootfs.attach(builder.fds["root"], mount_fd, self.target)
+        except OSError as error:
+            raise errors.mount_target_failed(self.fstype, self.target, error.errno or 0, self.option) from error
         finally:
             os.close(mount_fd)
 
@@ -509,8 +512,10 @@ class Attach:
         try:
             rootfs.attach(builder.fds["root"], builder.fds[self.name], self.target)
         except OSError as error:
-            words = self.source or self.name, self.target, error.errno or 0, self.option
-            raise errors.mount_target_failed(*words) from error
+            number = error.errno or 0
+            if not self.source:
+                raise errors.image_place_missing(builder.image_path, self.target, number) from error
+            raise errors.mount_target_failed(self.source, self.target, number, self.option) from error
         builder.drop(self.name)
 
 

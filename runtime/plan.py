@@ -123,7 +123,7 @@ def _early(
         if mount.kind == "bind":
             yield op.Attach(f"mount{index}", mount.target, mount.source, "nofail" in mount.options, option)
         else:
-            yield _tmpfs(mount)
+            yield _tmpfs(mount, option)
 
 
 def late(request: StepRequest, decision: Decision, directories: Sequence[str]) -> Plan:
@@ -184,10 +184,10 @@ def _clone(index: int, mount: Mount, option: str) -> op.CloneSource:
     )
 
 
-def _tmpfs(mount: Mount) -> op.MountInside:
+def _tmpfs(mount: Mount, option: str) -> op.MountInside:
     options: list[tuple[str, str | None]] = [("mode", "0755")]
     for option in mount.options:
         name, equals, value = option.partition("=")
         if equals and name in ("size", "mode", "nr_inodes"):
             options.append((name, value))
-    return op.MountInside("tmpfs", mount.target, tuple(options), _attributes(mount))
+    return op.MountInside("tmpfs", mount.target, tuple(options), _attributes(mount), option)

@@ -81,7 +81,7 @@ def make_box(images: Path) -> Path:
     (root / "inside").symlink_to("/opt/deep")
     (root / "tmp").mkdir()
     (root / "tmp").chmod(0o1777)
-    command = ["mksquashfs", root, images / "box.sqsh", "-all-root", "-noappend", "-quiet", "-no-progress"]
+    command = ["mksquashfs", str(root), str(images / "box.sqsh"), "-all-root", "-noappend", "-quiet", "-no-progress"]
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
     return root
 
@@ -294,6 +294,20 @@ def test_files_of_a_directory_stay_roots(idle: Cluster, box: Path) -> None:
     script = "stat -c %u /bin/busybox; (echo x >/opt/file) 2>/dev/null || echo denied; echo x >/tmp/f; cat /tmp/f"
     assert shell(idle, script, image=BOX_DIRECTORY) == "65534\ndenied\nx\n"
     assert sorted(path.name for path in box.rglob("*")) == before
+
+
+def test_squashfs_with_files_of_others(idle: Cluster, tmp_path: Path) -> None:
+    """Made without -all-root: they can't be shown as the user's, but what a container needs is made all the same."""
+    shutil.copytree(idle.layout.images / "box", tmp_path / "others", symlinks=True)
+    for path in [tmp_path / "others", *(tmp_path / "others").rglob("*")]:
+        os.chown(path, 1000, 1000, follow_symlinks=False)
+    target = str(idle.layout.images / "others.sqsh")
+    command = ["mksquashfs", str(tmp_path / "others"), target, "-noappend", "-quiet", "-no-progress"]
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+    script = "stat -c %u /bin/busybox; touch ~/x /tmp/x; hostname; cat /opt/file"
+    done = srun(idle, "sh", "-ec", script, image="/images/others.sqsh")
+    assert done.stdout == "65534\nn1\nof the image\n"
+    assert [row for row in said(done.stderr) if not row.endswith("can't be replaced by its user, ignoring")] == []
 
 
 def test_directory_of_the_user_is_his(idle: Cluster) -> None:

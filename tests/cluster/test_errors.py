@@ -65,6 +65,8 @@ def things(cluster: Cluster, image: str) -> None:
     place(cluster.layout.homes / "userb/theirs.sqsh", whole, owner=USERB)
     os.mkfifo(images / "fifo")
     (images / "loop.sqsh").symlink_to("loop.sqsh")
+    (images / "odd").mkdir()
+    (images / "odd/dev").touch()
     (shared / "secret").mkdir(mode=0o700)
     place(shared / "secret/key", b"key")
     place(shared / "shadow", b"hash", 0o600)
@@ -137,6 +139,13 @@ CASES = [
     bad_image("image-has-holes", "/images/holes.sqsh", "image cannot be read (input/output error)", DAMAGED),
     bad_image("image-of-the-user", "/shared/own.sqsh", UNTRUSTED, UNTRUSTED_HINT),
     bad_image("image-that-all-may-write", "/images/writable.sqsh", UNTRUSTED, UNTRUSTED_HINT),
+    bad_image(
+        "image-has-a-file-for-dev",
+        "/images/odd",
+        "nothing can be mounted at /dev of the image (not a directory)",
+        "hint: it has to be a directory, or missing",
+    ),
+    bad_mount("tmpfs-onto-a-file", "tmpfs:/etc/passwd", f"{NO_TARGET} (not a directory)", TARGET),
     bad_mount("source-missing", "/shared/nothing:/x", NO_SOURCE, SOURCE),
     bad_mount("source-below-a-file", "/etc/passwd/x:/x", NO_SOURCE, SOURCE),
     bad_mount("source-is-a-dangling-link", "/shared/to-nothing:/x", NO_SOURCE, SOURCE),

@@ -21,7 +21,7 @@ def program(path: Path, code: str) -> Iterator[int]:
     """A process of that executable, past `code`; gives its pid."""
     shutil.copy(os.path.realpath(sys.executable), path)
     text = f"import os, sys; {code}; print(flush=True); sys.stdin.read()"
-    words = [path, "-I", "-S", "-c", text]
+    words = [str(path), "-I", "-S", "-c", text]
     with subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
         assert process.stdout is not None
         assert process.stdout.readline() == b"\n"
