@@ -37,9 +37,11 @@ AT_ONCE = 4
 JOB_EVERY = 20
 IDLE_SECONDS, QUICK_IDLE_SECONDS = 20.0, 5.0
 LIMIT_KB = 40 * 1024
-SLACK_KB = 512
-"""What counts as no growth: half an arena of Python's allocator, which touches its pages one after the other until it
-has met the worst coincidence of steps. A leak of 600 bytes per step is more."""
+SLACK_KB = 128
+"""What counts as no growth: the allocator's pages, touched in another order. A leak of 150 bytes per step is more.
+
+Python's free lists of tuples grow by 2 kB per step, up to a megabyte, until a full collection empties them.
+"""
 SETTLE_SECONDS = 30.0
 STAYING = ("enclos-zygote", "enclos-visitors")
 """Processes that are there without any step, beside the agent itself."""
