@@ -105,7 +105,7 @@ class StageDevices:
         for directory in ("pts", "shm", "mqueue"):
             os.mkdir(directory, 0o755, dir_fd=fd)
         links = {"fd": "/proc/self/fd", "stdin": "/proc/self/fd/0", "stdout": "/proc/self/fd/1"}
-        links |= {"stderr": "/proc/self/fd/2", "ptmx": "pts/ptmx", "core": "/proc/kcore"}
+        links |= {"stderr": "/proc/self/fd/2", "core": "/proc/kcore"}
         for link, destination in links.items():
             os.symlink(destination, link, dir_fd=fd)
 
@@ -472,7 +472,7 @@ class EnterRoot:
 
 @dataclass(frozen=True, slots=True)
 class MountInside:
-    """Mount a file system of the container's own namespaces: devpts, mqueue, shared memory."""
+    """Mount a file system of the container's own namespaces: mqueue, or a tmpfs that the user asked for."""
 
     fstype: str
     target: str

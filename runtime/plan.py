@@ -30,7 +30,7 @@ from enclos.runtime.settings import Config
 
 SAFE = MOUNT_ATTR_NOSUID | MOUNT_ATTR_NODEV
 KERNEL_FS = SAFE | MOUNT_ATTR_NOEXEC
-STANDARD_NODES = ("/dev/null", "/dev/zero", "/dev/full", "/dev/random", "/dev/urandom", "/dev/tty")
+STANDARD_NODES = ("/dev/null", "/dev/zero", "/dev/full", "/dev/random", "/dev/urandom", "/dev/tty", "/dev/ptmx")
 FIXED_TARGETS = ("/proc", "/sys", "/dev", "/etc/passwd", "/tmp")
 MOUNT_FLAGS = {"noexec": MOUNT_ATTR_NOEXEC, "nosymfollow": MOUNT_ATTR_NOSYMFOLLOW}
 # Only of mounts that are new: the kernel does not let a user namespace change how another's mounts keep access times
@@ -82,6 +82,8 @@ def _early(
     yield op.StageText("resolv.conf", "/etc/resolv.conf")
     yield op.StageText("hosts", "/etc/hosts")
     yield op.StageDevices("dev", (*STANDARD_NODES, *config.devices.nodes))
+    # The node's, not an instance of its own: the terminal of `srun --pty` has a name only there.
+    yield op.CloneHostPath("terminals", "/dev/pts", MOUNT_ATTR_NOSUID | MOUNT_ATTR_NOEXEC)
     # The owner of a user namespace could give a tmpfs that was mounted in it another size.
     owner = (("uid", str(request.uid)), ("gid", str(request.gid)))
     yield op.StageFilesystem("upper", "tmpfs", (("size", config.rootfs.tmpfs_size), ("mode", "0755"), *owner), SAFE)
@@ -109,7 +111,7 @@ def _early(
     if node.step_cgroup:
         yield op.Attach("cgroup", "/sys/fs/cgroup")
     yield op.Attach("dev", "/dev")
-    yield op.MountInside("devpts", "/dev/pts", (("newinstance", None), ("ptmxmode", "0666"), ("mode", "0620")))
+    yield op.Attach("terminals", "/dev/pts")
     yield op.Attach("shm", "/dev/shm")
     yield op.MountInside("mqueue", "/dev/mqueue", (), KERNEL_FS)
     yield op.ReadImageEnvironment()

@@ -7,6 +7,7 @@ are mounted are made from outside. All steps run on n1 unless several nodes matt
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import stat
 import subprocess
@@ -484,11 +485,32 @@ def test_noexec_and_no_symlinks(idle: Cluster, shared: Path) -> None:
 
 @both_forms
 def test_devices(idle: Cluster, form: str) -> None:
-    script = "ls -A /dev; echo x >/dev/null; head -c 3 /dev/zero | wc -c; [ -w /dev/pts/ptmx ]; ls /dev/pts"
-    *names, zeros, ptmx = shell(idle, script, image=form).split()
-    assert (set(names), zeros, ptmx) == (DEVICES, "3", "ptmx")
+    script = "ls -A /dev; echo x >/dev/null; head -c 3 /dev/zero | wc -c; [ -c /dev/ptmx ]"
+    *names, zeros = shell(idle, script, image=form).split()
+    assert (set(names), zeros) == (DEVICES, "3")
     denied = srun(idle, "sh", "-c", "mknod /tmp/disk b 7 0; touch /dev/new; rm /dev/null", image=form)
     assert len(said(denied.stderr)) >= 3
+
+
+def test_terminal(idle: Cluster, shared: Path) -> None:
+    """The one of --pty has its name; another user's is closed; programs may make new ones."""
+    with idle.popen(["script", "-qc", "srun -w n1 --pty sleep 30", "/dev/null"], "userb") as other:
+        await_process(idle, "n1", "sleep")
+        theirs = idle.run("stat -c '%U %n' /dev/pts/* | sed -n 's/^userb //p'", node="n1").stdout.split()[0]
+        (shared / "terminal").write_text(
+            f"""tty; /usr/bin/stty size >/dev/null && echo sized
+            /usr/bin/script -q -c 'tty >/dev/shm/inner; test -t 0' /dev/null; cat /dev/shm/inner
+            (echo x >{theirs}) 2>/dev/null || echo closed"""
+        )
+        words = (
+            f"srun -w n1 --pty --container-image={BOX} --container-mounts=/shared:/m,/usr,/lib,/lib64 sh /m/terminal"
+        )
+        done = idle.run(["script", "-qec", words, "/dev/null"], "usera")
+        other.terminate()
+    own, sized, inner, closed = done.stdout.replace("^@", "").split()  # as the end of script's input is echoed
+    assert (sized, closed) == ("sized", "closed")
+    assert re.fullmatch(r"/dev/pts/\d+", own)
+    assert re.fullmatch(r"/dev/pts/\d+", inner) and inner not in (own, theirs)
 
 
 def test_device_nodes_of_mounts_are_dead(idle: Cluster, shared: Path) -> None:
