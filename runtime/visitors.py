@@ -62,7 +62,7 @@ class _Desk:
         self._poll = select.epoll()
         self._visitors: dict[int, _Visitor] = {}
         self._held: Counter[int] = Counter()
-        self._waiting: deque[tuple[int, protocol.Fields]] = deque()
+        self._waiting: deque[tuple[_Visitor, protocol.Fields]] = deque()
         self._asked: dict[int, _Visitor] = {}
         self._count = 0
 
@@ -119,16 +119,15 @@ class _Desk:
             self._dismiss(fd)
             return
         self._poll.modify(fd, 0)
-        self._waiting.append((fd, fields))
+        self._waiting.append((visitor, fields))
         visitor.deadline = time.monotonic() + IDLE_SECONDS
 
     def _ask(self) -> None:
         """Pass on what waits, as far as the agent keeps up."""
         while self._waiting and len(self._asked) < OUTSTANDING:
-            fd, fields = self._waiting.popleft()
-            visitor = self._visitors.get(fd)
-            if visitor is None:
-                continue
+            visitor, fields = self._waiting.popleft()
+            if visitor.connection.fileno() < 0:
+                continue  # He has left; another may have his descriptor's number by now.
             self._count += 1
             self._asked[self._count] = visitor
             protocol.send(self._channel, [("id", str(self._count)), ("uid", str(visitor.uid)), *fields])
