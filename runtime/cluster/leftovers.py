@@ -23,6 +23,7 @@ from enclos.runtime.cluster.nodes import enter_command
 KINDS = ("net", "mnt", "user", "ipc", "uts", "cgroup")
 Things = Mapping[str, int]
 _NUMBER = re.compile(r"\d+")
+_NUMBERED = re.compile(r"\[\d+\]")
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,6 +39,14 @@ class Snapshot:
     elements: Things
     files: Things
     cgroups: Things
+
+    def nameless(self) -> Snapshot:
+        """The same without the numbers of namespaces: a daemon that was started again has others, but as many."""
+        kinds: dict[str, Counter[str]] = {one.name: Counter() for one in fields(self)}
+        for kind, counted in kinds.items():
+            for name, number in getattr(self, kind).items():
+                counted[_NUMBERED.sub("[]", name)] += number
+        return Snapshot(**{kind: dict(counted) for kind, counted in kinds.items()})
 
     def differences(self, later: Snapshot) -> list[str]:
         """Rows such as `mounts: +1 n2 /run/enclos/…`; none when both are the same."""
@@ -68,14 +77,17 @@ def snapshot(cluster: Cluster) -> Snapshot:
     return Snapshot(**{one.name: dict(found[one.name]) for one in fields(Snapshot)})
 
 
-def await_same(cluster: Cluster, before: Snapshot, timeout: float = 10) -> list[str]:
+def await_same(cluster: Cluster, before: Snapshot, timeout: float = 10, *, exact: bool = True) -> list[str]:
     """Look until all is as it was, or `timeout` seconds are over; returns what still differs.
+
+    With `exact=False` namespaces may be others, where a daemon was started again; their number counts.
 
     Slurm and the agent clean up after the user's command has ended, so one look right after it proves nothing.
     """
     deadline = time.monotonic() + timeout
     while True:
-        rows = before.differences(snapshot(cluster))
+        now = snapshot(cluster)
+        rows = before.differences(now) if exact else before.nameless().differences(now.nameless())
         if not rows or time.monotonic() > deadline:
             return rows
         time.sleep(0.05)

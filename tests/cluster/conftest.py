@@ -110,9 +110,9 @@ class Leftovers:
         self.cluster = cluster
         self.before: Snapshot = snapshot(cluster)
 
-    def rows(self, timeout: float = 10) -> list[str]:
-        """What came or went, waiting up to `timeout` seconds for all to be as before."""
-        return await_same(self.cluster, self.before, timeout)
+    def rows(self, timeout: float = 10, *, exact: bool = True) -> list[str]:
+        """What came or went, waiting up to `timeout` seconds for all to be as before (see `await_same`)."""
+        return await_same(self.cluster, self.before, timeout, exact=exact)
 
 
 @pytest.fixture

@@ -87,7 +87,9 @@ def sleeper(fragile: Cluster, clean: Leftovers) -> Iterator[Running]:
 
 
 @pytest.mark.parametrize("call", CALLS)
-def test_a_builder_killed_once_is_replaced(fragile: Cluster, clean: Leftovers, all_points: list[Point], call: str) -> None:
+def test_a_builder_killed_once_is_replaced(
+    fragile: Cluster, clean: Leftovers, all_points: list[Point], call: str
+) -> None:
     here = [point for point in all_points if point.call == call]
     assert here
     for point in here:
@@ -170,7 +172,9 @@ def test_a_zygote_killed_while_idle_is_replaced(fragile: Cluster, clean: Leftove
     assert fragile.run(["enclos", "ps"], node="n1", user="usera").returncode == 0
 
 
-def test_a_zygote_killed_while_a_step_runs_disturbs_nothing(fragile: Cluster, clean: Leftovers, sleeper: Running) -> None:
+def test_a_zygote_killed_while_a_step_runs_disturbs_nothing(
+    fragile: Cluster, clean: Leftovers, sleeper: Running
+) -> None:
     kill(zygote(fragile, "n1"))
     assert end(start(fragile, SAY)) == (0, "inside\n", [])
     (task,) = processes(fragile, "n1", "sleep")
@@ -226,7 +230,9 @@ def parent(pid: int) -> int:
     return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
 
 
-@pytest.mark.parametrize("point", [Point("setns", 1), Point("getppid", 2), Point("setns", 2), Point("setns", 3)], ids=str)
+@pytest.mark.parametrize(
+    "point", [Point("setns", 1), Point("getppid", 2), Point("setns", 2), Point("setns", 3)], ids=str
+)
 def test_a_task_whose_slurmstepd_dies_while_it_joins_does_not_run(
     fragile: Cluster, clean: Leftovers, point: Point
 ) -> None:
@@ -269,9 +275,7 @@ def test_srun_killed_leaves_nothing(fragile: Cluster, clean: Leftovers, sleeper:
     assert clean.rows(20) == []
 
 
-def test_srun_killed_while_building_leaves_nothing(
-    fragile: Cluster, clean: Leftovers, all_points: list[Point]
-) -> None:
+def test_srun_killed_while_building_leaves_nothing(fragile: Cluster, clean: Leftovers, all_points: list[Point]) -> None:
     point = next(point for point in all_points if point.call == "pivot_root")
     with stopping(zygote(fragile, "n1"), point) as stopper:
         running = start(fragile, SAY)
@@ -344,15 +348,17 @@ def test_nothing_outlives_its_killed_slurmstepd(fragile: Cluster, clean: Leftove
     assert clean.rows() == []
 
 
-def test_the_device_is_gone_at_once_whoever_holds_the_namespace(fragile: Cluster, clean: Leftovers, escape: str) -> None:
+def test_the_device_is_gone_at_once_whoever_holds_the_namespace(
+    fragile: Cluster, clean: Leftovers, escape: str
+) -> None:
     """A process of the user's outside the job has the namespace open, and a killed sender left data unsent."""
     running = start(fragile, [*STEP, "--container-mounts=/shared", escape, "unsent", "300"])
     await_output(running, "unsent is off")
-    (task,) = [pid for pid in processes(fragile, "n1", "escape")]
+    (task,) = processes(fragile, "n1", "escape")
     inside = _inside_pid(task)
     holder = fragile.popen(["bash", "-c", f"exec 7</proc/{inside}/ns/net; echo held; sleep 300"], "usera", "n1")
     await_output(holder, "held")
-    (held,) = [pid for pid in processes(fragile, "n1", "sleep")]
+    (held,) = processes(fragile, "n1", "sleep")
     namespace = os.readlink(f"/proc/{held}/fd/7")
     assert namespace.startswith("net:") and namespace != fragile.namespaces("n1")["net"]
     assert _links(held) == ["lo", "enclos0"]
