@@ -8,7 +8,8 @@ from enclos.runtime import seccomp
 from enclos.runtime.linux import constants
 
 # The kernel's headers, and those of the C library for what only it names; they do not go together.
-KERNEL_HEADERS = [f"linux/{name}.h" for name in ("fcntl", "openat2", "mount", "sched", "capability", "prctl", "audit", "nsfs")]
+KERNEL_HEADERS = [f"linux/{name}.h" for name in ("fcntl", "openat2", "mount", "sched", "capability", "prctl", "audit")]
+KERNEL_HEADERS.append("linux/nsfs.h")
 KERNEL_HEADERS.append("linux/seccomp.h")
 C_LIBRARY_HEADERS = ["sys/mount.h"]
 C_LIBRARY_NAMES = {"MNT_FORCE", "MNT_DETACH", "UMOUNT_NOFOLLOW"}

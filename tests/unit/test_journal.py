@@ -76,7 +76,7 @@ def test_no_space_is_an_error_in_words_and_keeps_the_old_record(tmp_path: Path) 
         journal = Journal(str(mount))
         journal.write("job.1", {"vni": 3})
         (mount / "filler").write_bytes(b"x" * (64 * 1024 - 4096))
-        with pytest.raises(errors.EnclosError, match="cannot write its records .no space left on device"):
+        with pytest.raises(errors.EnclosError, match=r"cannot write its records .no space left on device"):
             journal.write("job.1", {"vni": 4})
         assert list(journal.read("job")) == [("job.1", {"vni": 3})]
         assert sorted(path.name for path in mount.iterdir()) == ["filler", "job.1"]
