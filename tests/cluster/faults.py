@@ -99,7 +99,7 @@ class Stopper:
     def __init__(self, pid: int, point: Point) -> None:
         inject = f"inject={point.call}:signal=STOP:when={point.number}"
         self._tracer = _attach(["strace", "-f", "-qq", "-e", f"trace={point.call}", "-e", inject], pid)
-        self._unread = b""
+        self._unread = self._seen = b""
 
     def stopped(self, timeout: float = 20) -> int:
         """Pid of the next child that stands still at the point; TimeoutError when none does."""
@@ -115,8 +115,9 @@ class Stopper:
                 continue
             left = deadline - time.monotonic()
             if left <= 0 or not select.select([output], [], [], left)[0] or not (more := os.read(output, 4096)):
-                raise TimeoutError("nothing stopped")
+                raise TimeoutError(f"nothing stopped; strace: {self._tracer.poll()} {self._seen!r}")
             self._unread += more
+            self._seen += more
 
     def let_go(self) -> None:
         """Stop nobody any more; who stands still stands on."""
@@ -137,15 +138,24 @@ def stopping(pid: int, point: Point) -> Iterator[Stopper]:
 
 
 @contextlib.contextmanager
-def delaying(pid: int, point: Point, seconds: float) -> Iterator[None]:
-    """Hold up each descendant of this process for a moment when it returns from the call."""
-    inject = f"inject={point.call}:delay_exit={int(seconds * 1e6)}:when={point.number}"
+def _injecting(pid: int, point: Point, fault: str) -> Iterator[None]:
+    inject = f"inject={point.call}:{fault}:when={point.number}"
     tracer = _attach(["strace", "-f", "-qq", "-o", "/dev/null", "-e", f"trace={point.call}", "-e", inject], pid)
     try:
         yield
     finally:
         tracer.kill()
         tracer.communicate(timeout=10)
+
+
+def killing(pid: int, point: Point) -> contextlib.AbstractContextManager[None]:
+    """Kill each new child of this process at the point. (Whoever kills a stopped one may take strace along.)"""
+    return _injecting(pid, point, "signal=KILL")
+
+
+def delaying(pid: int, point: Point, seconds: float) -> contextlib.AbstractContextManager[None]:
+    """Hold up each descendant of this process for a moment when it returns from the call."""
+    return _injecting(pid, point, f"delay_exit={int(seconds * 1e6)}")
 
 
 def kill(pid: int) -> None:

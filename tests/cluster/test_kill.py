@@ -18,7 +18,7 @@ import pytest
 from conftest import Leftovers, said
 from enclos.runtime.cluster.cluster import Cluster, Running
 from enclos.runtime.cluster.processes import Process
-from faults import CALLS, Point, child, delaying, kill, points, processes, stopping, zygote
+from faults import CALLS, Point, child, delaying, kill, killing, points, processes, stopping, zygote
 
 IMAGE = "--container-image=/images/openmpi.sqsh"
 STEP = ["srun", "-w", "n1", IMAGE, "--container-network=job"]
@@ -106,11 +106,8 @@ def test_a_builder_killed_twice_is_one_clear_error(
     fragile: Cluster, clean: Leftovers, all_points: list[Point], call: str
 ) -> None:
     for point in [point for point in all_points if point.call == call]:
-        with stopping(zygote(fragile, "n1"), point) as stopper:
-            running = start(fragile, SAY)
-            for _ in range(2):
-                kill(stopper.stopped())
-            status, out, lines = end(running)
+        with killing(zygote(fragile, "n1"), point):
+            status, out, lines = end(start(fragile, SAY))
             assert (status, out, sorted(lines)) == (1, "", sorted(BUILDER_KILLED)), point
     assert clean.rows() == []
 
@@ -123,7 +120,8 @@ def test_a_builder_that_its_user_stops_is_ended_by_the_deadline(
     with stopping(zygote(fragile, "n1"), point) as stopper:
         running = start(fragile, SAY)
         victim = stopper.stopped()
-    assert Path(f"/proc/{victim}/stat").read_text().split()[2] in "Tt"
+    while Path(f"/proc/{victim}/stat").read_text().split()[2] not in "Tt":
+        time.sleep(0.001)  # Between being traced and standing still.
     assert end(running) == (0, "inside\n", [])
     assert not Path(f"/proc/{victim}").exists()
     assert clean.rows() == []
@@ -150,8 +148,10 @@ def test_a_zygote_killed_while_building_is_replaced(
     fragile: Cluster, clean: Leftovers, all_points: list[Point], part: int
 ) -> None:
     """Its builders die with it, those that stand still too; the step goes on with the next zygote's."""
-    step = len(all_points) // 6
-    point = all_points[part * step + step // 2]
+    # A change of ids clears the death signal for the moment until it is set again, in which no user can stop it.
+    found = [point for point in all_points if point.call not in ("setfsuid", "setresuid", "capset", "setgroups")]
+    step = len(found) // 6
+    point = found[part * step + step // 2]
     old = zygote(fragile, "n1")
     with stopping(old, point) as stopper:
         running = start(fragile, SAY)
