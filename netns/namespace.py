@@ -71,11 +71,19 @@ def new_namespace() -> tuple[int, Netlink]:
                 write_sysctl(name, value)
             if has_ipv6():
                 # Booted with ipv6.disable_ipv6=1, every new namespace starts without.
-                write_sysctl("ipv6/conf/all/disable_ipv6", "0")
+                _enable_ipv6()
             return netns_fd, Netlink()
         except BaseException:
             os.close(netns_fd)
             raise
+
+
+def _enable_ipv6() -> None:
+    """Read first: the write takes the kernel's lock of all networks, by trying again until it has it."""
+    with open("/proc/sys/net/ipv6/conf/all/disable_ipv6", "rb", buffering=0) as file:
+        if file.read(4) == b"0\n":
+            return
+    write_sysctl("ipv6/conf/all/disable_ipv6", "0")
 
 
 def write_sysctl(name: str, value: str) -> None:

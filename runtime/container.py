@@ -84,6 +84,11 @@ class Container:
         """Run the late plan and let the builder end; raises like `build`. The descriptors stay the caller's."""
         if self._child is None:
             raise ChildDied
+        if not plan.operations:
+            # The builder ends when its channel does; nobody has to wait for it.
+            self._child.close()
+            self._child = None
+            return
         plan_fd = store_plan(plan)
         try:
             names = [("name", name) for name in descriptors]

@@ -9,6 +9,7 @@ import argparse
 import asyncio
 import contextlib
 import fcntl
+import gc
 import logging
 import os
 import resource
@@ -165,6 +166,9 @@ async def _serve(agent: Agent, gate: guard.Guard) -> None:
             asyncio.create_task(_mend_guard(gate)),
             asyncio.create_task(_reconcile(agent)),
         ]
+        # What exists now stays: the collector need not look at it again.
+        gc.collect()
+        gc.freeze()
         _notify_ready()
         log.info("ready on %s, version %s", agent.around.node, enclos.__version__)
         await stop.wait()

@@ -39,7 +39,8 @@ class Journal:
         path = os.path.join(self._directory, name)
         try:
             with open(f"{path}.new", "w") as file:
-                json.dump(record, file)
+                # Not json.dump: it leaves about a hundred cyclic objects behind at each call.
+                file.write(json.dumps(record))
             os.rename(f"{path}.new", path)
         except OSError as error:
             self.remove(f"{name}.new")

@@ -104,6 +104,15 @@ class Step:
         """The answer for one task; raises EnclosError where there is none."""
         raise errors.agent_restarted()
 
+    @property
+    def joined(self) -> bool:
+        """Whether a task has asked to join, so that `answer` is enough for the others."""
+        return False
+
+    async def answer(self) -> JoinReply:
+        """The answer that the first task gets or got."""
+        raise errors.agent_restarted()
+
     def user_namespace(self) -> int:
         """The container's user namespace, or -1; it stays the step's."""
         return -1
@@ -214,11 +223,19 @@ class NodeStep(Step):
         if self.ready is None:
             self._mark("joined")
             # At once, without waiting for anything: the other tasks' joins are here in the same moment.
-            self.ready = asyncio.create_task(self._answer(wanted))
+            self.ready = asyncio.create_task(self._serve_first(wanted))
             self.ready.add_done_callback(_retrieve)
+        return await self.answer()
+
+    @property
+    def joined(self) -> bool:
+        return self.ready is not None
+
+    async def answer(self) -> JoinReply:
+        assert self.ready is not None
         return await asyncio.shield(self.ready)
 
-    async def _answer(self, wanted: StepRequest) -> JoinReply:
+    async def _serve_first(self, wanted: StepRequest) -> JoinReply:
         if (wanted.image_path(), wanted.mounts) != (self.request.image_path(), self.request.mounts):
             await self._begin_anew(wanted)
         return await self._finish()
@@ -348,6 +365,9 @@ class NodeStep(Step):
         """
         if self._net_fd < 0 or self._relay is not None:
             return None
+        server_directory, *_ = plan.slurm_directories(self.request)
+        if not os.path.isdir(server_directory):
+            return None  # No PMIx in this step: the sockets of slurmstepd need not be looked through.
         targets = relay.step_listeners(self.request.stepd)
         if not targets:
             return None
