@@ -132,7 +132,7 @@ def test_openmpi_runs_bare_with_pmix(idle: Cluster, usera: Run, image: str, imag
 
 def test_mpich_runs_bare_with_pmi2(idle: Cluster, usera: Run, mpich_image: str) -> None:
     folder = mpich_image.removesuffix(".sqsh")
-    done = usera(f"srun --mpi=pmi2 -N2 -n2 {folder}/usr/bin/ring --rounds 2")
+    done = usera(f"UCX_TLS=tcp,self srun --mpi=pmi2 -N2 -n2 {folder}/usr/bin/ring --rounds 2")
     assert done.returncode == 0, done.stderr
     assert "ring of 2: 2 rounds" in done.stdout
 

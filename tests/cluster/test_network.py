@@ -311,7 +311,7 @@ def test_openmpi_over_the_job_network(idle: Cluster, usera: Run, image: str, nod
 
 
 def test_mpich_over_the_job_network(idle: Cluster, usera: Run, mpich_image: str) -> None:
-    """UCX of Debian 12 hangs in MPI_Finalize now and then (1 of 15 runs, also without containers); not over TCP alone."""
+    """UCX of Debian 12 hangs in MPI_Finalize in 1 of 15 runs, also without containers; not over TCP alone."""
     options = f"--mpi=pmi2 -N2 -n2 --container-image={mpich_image} --container-network=job"
     done = usera(f"UCX_TLS=tcp,self srun {options} traffic ring --rounds 5")
     assert done.returncode == 0, done.stdout + done.stderr
