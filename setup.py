@@ -13,6 +13,7 @@ PACKAGES = {
     "enclos.runtime.cluster": "runtime/cluster",
     "enclos.runtime.images": "runtime/images",
     "enclos.runtime.linux": "runtime/linux",
+    "enclos.runtime.operations": "runtime/operations",
     "enclos.netns": "netns",
 }
 

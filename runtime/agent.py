@@ -1,7 +1,7 @@
 """The agent: answers the shim and the users, and keeps the steps of this node.
 
-Holds the dispatch of verbs, and which steps there are. What happens to a step is in steps.py, to a job in jobs.py;
-sockets and signals are daemon.py's. One thread, event-driven: an idle agent does not wake up.
+Holds the dispatch of verbs, and which steps there are. What happens to a step is in building.py and steps.py, to a job
+in jobs.py; sockets and signals are daemon.py's. One thread, event-driven: an idle agent does not wake up.
 """
 
 from __future__ import annotations
@@ -16,10 +16,11 @@ import time
 from typing import Any
 
 from enclos.runtime import errors, protocol, request
+from enclos.runtime.building import NodeStep
 from enclos.runtime.connection import Connection
 from enclos.runtime.controller import JobFacts
 from enclos.runtime.spawner import RESTART_PAUSE_SECONDS, Child, ChildDied
-from enclos.runtime.steps import JoinReply, NodeStep, Step, Surroundings
+from enclos.runtime.steps import JoinReply, Step, Surroundings
 from enclos.runtime.visitors import PREFIX
 
 import enclos

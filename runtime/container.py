@@ -1,7 +1,7 @@
 """One container in the making, seen from the agent: serves what its builder asks for, and holds what comes out.
 
 The agent writes the user namespace's maps and opens the namespaces by the builder's pid, checked by its pidfd. It
-mounts nothing itself and never waits for the builder without a deadline (steps.py sets it).
+mounts nothing itself and never waits for the builder without a deadline (building.py sets it).
 """
 
 from __future__ import annotations

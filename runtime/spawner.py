@@ -112,7 +112,7 @@ class Spawner:
         self._watch = asyncio.create_task(self._restart_when_gone(control))
 
     async def _restart_when_gone(self, control: Connection) -> None:
-        """Whoever was being served by the dead zygote's builders retries; see steps.py."""
+        """Whoever was being served by the dead zygote's builders retries; see building.py."""
         await control.receive()
         control.close()
         self._control = None

@@ -73,7 +73,7 @@ def test_networks_of_a_log() -> None:
 
 def test_the_log_is_the_agents() -> None:
     """The format is the agent's: a change of its line has to be made here as well."""
-    source = (Path(__file__).resolve().parents[2] / "runtime" / "steps.py").read_text()
+    source = (Path(__file__).resolve().parents[2] / "runtime" / "building.py").read_text()
     assert '"step=%s uid=%d image=%s network=%s tasks=%d attempt=%d %s: %s"' in source
     assert 'f"{name}@{ms:.1f}"' in source
     assert 'f"{name}={ms:.2f}"' in source

@@ -8,12 +8,13 @@ from pathlib import Path
 
 PROBE = """
 import os, sys
-from enclos.runtime import operations, zygote
+from enclos.runtime import zygote
+from enclos.runtime.operations import assembly
 from enclos.runtime.tasks import TASKS
 sys.path.insert(0, sys.argv[1])
 assert "traceback" not in sys.modules, "loaded already: the test shows nothing"
 if sys.argv[2] == "inside":
-    operations._forbid_imports()
+    assembly.forbid_imports()
 try:
     import traceback
 except ImportError:
@@ -37,5 +38,5 @@ def test_no_module_is_loaded_inside(tmp_path: Path) -> None:
     assert "the code of a user" in run(tmp_path, "outside"), "the test shows nothing"
     assert run(tmp_path, "inside").splitlines() == [
         r"enclos-build: unexpected ValueError('odd\nthing')",
-        "  <string>:14 in <module>",
+        "  <string>:15 in <module>",
     ]

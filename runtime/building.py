@@ -1,0 +1,392 @@
+"""A node-step that this agent builds: made by PREPARE, joined by its tasks.
+
+Holds everything that must happen to it in order: policy, network, build, late plan, relay, the answer to its tasks.
+Runs in the agent's event loop; mounts nothing, knows nothing of sockets towards Slurm. Its end is steps.py's.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+import time
+from typing import Any
+
+from enclos.netns import facts, namespace, relay
+from enclos.runtime import cgroup, environment, errors, linux, plan, policy, seccomp
+from enclos.runtime.connection import wait_readable
+from enclos.runtime.container import Container, clone_directories
+from enclos.runtime.idmap import container_maps
+from enclos.runtime.jobs import word
+from enclos.runtime.members import identity
+from enclos.runtime.request import StepRequest
+from enclos.runtime.spawner import Child, ChildDied
+from enclos.runtime.steps import JoinReply, Step, Surroundings, start_time
+
+log = logging.getLogger("enclosd")
+
+ATTEMPTS = 2
+# Of what a user wrote, which comes back to him in one packet with everything else.
+NOTICE_CHARACTERS = 1000
+
+# What container root may do to the files and processes of its own container: nothing here reaches further than
+# the user namespace, and mounting (CAP_SYS_ADMIN) is not among it.
+ROOT_CAPABILITIES = linux.capability_mask(
+    linux.CAP_CHOWN,
+    linux.CAP_DAC_OVERRIDE,
+    linux.CAP_DAC_READ_SEARCH,
+    linux.CAP_FOWNER,
+    linux.CAP_KILL,
+    linux.CAP_SETGID,
+    linux.CAP_SETUID,
+    linux.CAP_SETPCAP,
+    linux.CAP_SYS_CHROOT,
+)
+
+
+class NodeStep(Step):
+    """A step that this agent builds. All methods run in its event loop."""
+
+    def __init__(self, around: Surroundings, request: StepRequest, stepd_pidfd: int) -> None:
+        super().__init__(around, _record(request), stepd_pidfd)
+        self.request = request
+        self.network = ""
+        self.addresses: tuple[str, str] = ("", "")
+        self._begin = time.perf_counter()
+        self._marks: list[tuple[str, float]] = []
+        self._decision: policy.Decision | None = None
+        self.container: Container | None = None
+        self._net_fd = -1
+        self._seccomp_fd = -1
+        self._relay: Child | None = None
+        self._notices: list[str] = []
+        self._reply: JoinReply | None = None
+        self.ready: asyncio.Task[JoinReply] | None = None
+        self._early: asyncio.Task[None] | None = None
+
+    def prepare(self) -> None:
+        """Begin to build; errors wait for the first join."""
+        self._early = asyncio.create_task(self._build_early())
+        self._early.add_done_callback(_retrieve)
+
+    async def join(self, wanted: StepRequest) -> JoinReply:
+        """The answer for one task; the first one finishes the container.
+
+        Args:
+            wanted: the request as the task sends it. Only the task knows its working directory for sure, so what
+                was begun with another one (a relative path of an image or a mount) is begun anew.
+
+        Raises:
+            EnclosError: the reason why there is no container.
+        """
+        if self.ready is None:
+            self._mark("joined")
+            # At once, without waiting for anything: the other tasks' joins are here in the same moment.
+            self.ready = asyncio.create_task(self._serve_first(wanted))
+            self.ready.add_done_callback(_retrieve)
+        return await self.answer()
+
+    @property
+    def joined(self) -> bool:
+        return self.ready is not None
+
+    async def answer(self) -> JoinReply:
+        assert self.ready is not None
+        return await asyncio.shield(self.ready)
+
+    async def _serve_first(self, wanted: StepRequest) -> JoinReply:
+        if (wanted.image_path(), wanted.mounts) != (self.request.image_path(), self.request.mounts):
+            await self._begin_anew(wanted)
+        return await self._finish()
+
+    async def _begin_anew(self, wanted: StepRequest) -> None:
+        self.request = wanted
+        if self._early is not None:
+            self._early.cancel()
+            await asyncio.wait([self._early])
+            self._early = None
+
+    # --- building ---------------------------------------------------------------------------------------------
+
+    async def _build_early(self) -> None:
+        """Decide, then build up to the point where the first task is needed."""
+        config = self._around.config
+        self._notices.clear()
+        self._decision = decision = policy.decide(self.request, config)
+        self.network = decision.network
+        maps = container_maps(self.request.uid, self.request.gid, self.request.groups, decision.remap_root)
+        if maps.dropped:
+            count = len(maps.dropped)
+            self._notices.append(f"{count} of your groups do not fit into the container's group map, ignoring")
+        network = asyncio.create_task(self._make_network(decision.network))
+        try:
+            self.record["cgroup"] = cgroup.step_cgroup(self.request.stepd)
+            node = plan.NodeFacts(self._around.stage, self.record["cgroup"])
+            early = plan.make(self.request, decision, config, maps, node)
+            self.container = Container(self._around.spawner, self._around.images)
+            self._write_record()
+            await self.container.build(early, lambda: self._network_descriptors(network))
+            await network
+            self._mark("built")
+        except BaseException:
+            network.cancel()
+            with contextlib.suppress(BaseException):
+                await network
+            self._abandon()
+            raise
+        self._write_record()
+
+    async def _network_descriptors(self, network: asyncio.Task[int]) -> list[int]:
+        """What the builder needs of the network: its namespace, and /etc/hosts where it has names of its own."""
+        net_fd = await network
+        if self.network != "job":
+            return [net_fd]
+        made = await self._around.jobs.network(self.request.job, self.request.uid)
+        self.addresses = made.own
+        return [net_fd, made.hosts_fd]
+
+    async def _make_network(self, kind: str) -> int:
+        """The network namespace of the step; -1 for the node's own.
+
+        The job's is copied: its epilog may close it while this step is still there, and then another job's
+        namespace may get the number.
+        """
+        if kind == "job":
+            self._net_fd = os.dup((await self._around.jobs.network(self.request.job, self.request.uid)).netns_fd)
+        elif kind == "none":
+            try:
+                self._net_fd = namespace.create_private()
+            except facts.NetworkFact as fact:
+                raise word(fact) from fact
+        return self._net_fd
+
+    async def _finish(self) -> JoinReply:
+        """Everything up to the answer for the first task: with a deadline, and a second attempt."""
+        deadline = self._around.config.step.build_deadline_seconds
+        for attempt in range(1, ATTEMPTS + 1):
+            try:
+                async with asyncio.timeout(deadline):
+                    if self._early is None:
+                        await self._around.spawner.ready()
+                        self.prepare()
+                    assert self._early is not None
+                    await self._early
+                    await self._build_late()
+                self._set_state("running")
+                self._log_ready(attempt)
+                return self._make_reply()
+            except (ChildDied, TimeoutError) as error:
+                self._early = None
+                self._abandon()
+                late = isinstance(error, TimeoutError)
+                failure = errors.build_timed_out(deadline) if late else errors.builder_ended("", "killed")
+                log.warning("step=%s builder %s (attempt %d)", self.name, "timed out" if late else "died", attempt)
+            except errors.EnclosError as error:
+                self._fail()
+                log.warning("step=%s uid=%d failed: %s", self.name, self.request.uid, error.line())
+                raise
+            except Exception:
+                self._fail()
+                log.exception("step=%s failed", self.name)
+                raise errors.build_failed("(see the agent's log)", 0) from None
+        self._fail()
+        raise failure
+
+    def _fail(self) -> None:
+        self._abandon()
+        with contextlib.suppress(errors.EnclosError):  # /run is full: perhaps that is why it failed.
+            self._set_state("failed")
+
+    async def _build_late(self) -> None:
+        """What can only be done now: Slurm has made its directories and started its PMIx server."""
+        assert self.container is not None and self._decision is not None
+        starting = self._start_relay()
+        request = self.request
+        try:
+            clones = clone_directories(plan.slurm_directories(request))
+            try:
+                await self.container.finish(plan.late(request, self._decision, list(clones)), clones)
+            finally:
+                for fd in clones.values():
+                    os.close(fd)
+            if starting is not None:
+                await self._await_relay(starting)
+        except BaseException:
+            if starting is not None:
+                starting.kill()
+                starting.close()
+            raise
+
+    def _start_relay(self) -> Child | None:
+        """Make slurmstepd's PMIx server reachable from the network namespace of the step.
+
+        The targets are sockets that slurmstepd itself listens on, never what the environment names.
+        """
+        if self._net_fd < 0 or self._relay is not None:
+            return None
+        server_directory, *_ = plan.slurm_directories(self.request)
+        if not os.path.isdir(server_directory):
+            return None  # No PMIx in this step: the sockets of slurmstepd need not be looked through.
+        targets = relay.step_listeners(self.request.stepd)
+        if not targets:
+            return None
+        try:
+            listeners = relay.listen(self._net_fd, targets)
+        except facts.NetworkFact as fact:
+            raise word(fact) from fact
+        with contextlib.ExitStack() as stack:
+            for listener in listeners:
+                stack.enter_context(listener)
+            fds = [self.stepd_pidfd, *(listener.fileno() for listener in listeners)]
+            uid = self._around.config.network.relay_uid
+            return self._around.spawner.spawn("relay", [("uid", str(uid))], fds)
+
+    async def _await_relay(self, starting: Child) -> None:
+        """A relay that was killed while it started would leave MPI programs waiting."""
+        try:
+            starting_says = await starting.receive()
+        except ChildDied:
+            if starting.pidfd >= 0:
+                await wait_readable(starting.pidfd)  # The next one needs its addresses.
+            raise
+        starting_says.close()
+        self._relay = starting
+        self._mark("relayed")
+
+    def _make_reply(self) -> JoinReply:
+        assert self.container is not None and self._decision is not None
+        fields = [("status", "ok"), ("workdir", self.request.workdir or "/")]
+        fds = dict(self.container.namespaces)
+        if self._net_fd >= 0:
+            fds["net"] = self._net_fd
+        if self._decision.remap_root:
+            fields.append(("keep_caps", f"{ROOT_CAPABILITIES:x}"))
+            fds["seccomp"] = self._seccomp()
+            if not self._decision.mount_home:
+                fields.append(("set", "HOME=/root"))
+        fields += self._environment()
+        notices = (*self._notices, *self.container.warnings)
+        fields += [("notice", errors.printable(text[:NOTICE_CHARACTERS])) for text in notices]
+        return JoinReply(fields, fds)
+
+    def _seccomp(self) -> int:
+        if self._seccomp_fd < 0:
+            self._seccomp_fd = os.memfd_create("enclos-seccomp", os.MFD_CLOEXEC)
+            os.write(self._seccomp_fd, seccomp.remap_root_filter(os.uname().machine))
+        return self._seccomp_fd
+
+    def _environment(self) -> list[tuple[str, str]]:
+        """The image's variables, and those of the job that name interfaces of the node's network."""
+        assert self.container is not None
+        pairs = [(name, value) for name, _, value in (entry.partition("=") for entry in self.container.environment)]
+        fields = []
+        for name, value in environment.from_image(pairs, ()):
+            keeps = any(_matches(pattern, name) for pattern in self.request.environment)
+            fields.append(("default" if keeps else "set", f"{name}={value}"))
+        if self._net_fd >= 0 and self.request.interface_variables:
+            names = ["lo", *([self._around.config.network.ifname] if self.network == "job" else [])]
+            addresses = [address for address in self.addresses if address]
+            unset = environment.unset_interfaces(self.request.interface_variables, names, addresses)
+            fields += [("unset", name) for name in unset.names]
+            if unset.notice:
+                self._notices.append(unset.notice)
+        return fields
+
+    # --- the end ----------------------------------------------------------------------------------------------
+
+    def user_namespace(self) -> int:
+        return self.container.namespaces.get("user", -1) if self.container is not None else -1
+
+    async def release(self) -> None:
+        for task in (self._early, self.ready):
+            if task is not None and not task.done():
+                task.cancel()
+                with contextlib.suppress(asyncio.CancelledError, Exception):
+                    await task
+        self._abandon()
+        self._drop_relay()
+
+    def _abandon(self) -> None:
+        """Drop the container and what belongs to it alone. The relay stays: the job's network does, too."""
+        if self.container is not None:
+            self.container.abandon()
+            self.container = None
+        for fd in (self._net_fd, self._seccomp_fd):
+            if fd >= 0:
+                os.close(fd)
+        self._seccomp_fd = self._net_fd = -1
+        if self.network != "job":
+            self._drop_relay()
+
+    def _drop_relay(self) -> None:
+        if self._relay is not None:
+            self._relay.kill()
+            self._relay.close()
+            self._relay = None
+
+    # --- records ----------------------------------------------------------------------------------------------
+
+    def _write_record(self) -> None:
+        """Enough for an agent after this one to find the step again."""
+        self.record |= {"network": self.network, "ipv4": self.addresses[0], "ipv6": self.addresses[1]}
+        for key, fd in (("namespace", self.user_namespace()), ("netns", self._net_fd)):
+            self.record[key] = list(identity(fd)) if fd >= 0 else None
+        self._around.journal.write(self.record_name, self.record)
+
+    def _set_state(self, state: str) -> None:
+        self.record["state"] = state
+        self._write_record()
+
+    def _mark(self, name: str) -> None:
+        """Remember when this happened, in milliseconds since PREPARE."""
+        self._marks.append((name, (time.perf_counter() - self._begin) * 1e3))
+
+    def _log_ready(self, attempt: int) -> None:
+        """The agent's line per step: when what happened, and the time of each operation in the builder, in ms."""
+        assert self.container is not None
+        self._mark("ready")
+        asked = [(name, (at - self._begin) * 1e3) for name, at in self.container.marks]
+        marks = " ".join(f"{name}@{ms:.1f}" for name, ms in sorted([*self._marks, *asked], key=lambda mark: mark[1]))
+        operations = " ".join(f"{name}={ms:.2f}" for name, ms in _summed(self.container.timings))
+        image = errors.printable(self.request.image)
+        log.info("step=%s uid=%d image=%s network=%s tasks=%d attempt=%d %s: %s", self.name, self.request.uid, image,
+                 self.network, self.request.tasks, attempt, marks, operations)  # fmt: skip
+
+
+def _record(request: StepRequest) -> dict[str, Any]:
+    """What is kept of a step beyond the agent's life, and shown by `enclos ps`."""
+    return {
+        "job": request.job,
+        "step": request.step,
+        "uid": request.uid,
+        "image": request.image,
+        "network": "",
+        "ipv4": "",
+        "ipv6": "",
+        "tasks": request.tasks,
+        "state": "building",
+        "started": time.time(),
+        "stepd": request.stepd,
+        "stepd_start": start_time(request.stepd),
+        "namespace": None,
+        "netns": None,
+        "cgroup": "",
+    }
+
+
+def _retrieve(task: asyncio.Task[Any]) -> None:
+    """Without a reader the event loop would report the exception as lost; the joins are told."""
+    if not task.cancelled():
+        task.exception()
+
+
+def _summed(timings: list[tuple[str, float]]) -> list[tuple[str, float]]:
+    sums: dict[str, float] = {}
+    for name, ms in timings:
+        sums[name] = sums.get(name, 0.0) + ms
+    return list(sums.items())
+
+
+def _matches(pattern: str, name: str) -> bool:
+    return name.startswith(pattern[:-1]) if pattern.endswith("*") else name == pattern

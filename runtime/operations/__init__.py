@@ -1,0 +1,63 @@
+"""The operations of a plan: each says what it does (`describe`) and does it (`execute`).
+
+Every mount, namespace and identity change of a container is here, in small steps that a fault test can interrupt
+anywhere. The order of the steps is plan.py's. Runs in a builder: as root up to BecomeUser, as the user after it.
+"""
+
+from enclos.runtime.operations.assembly import (
+    Attach,
+    CheckWorkdir,
+    EnterRoot,
+    MakeDirectory,
+    MountInside,
+    ReadImageEnvironment,
+    SealRoot,
+    WriteAccounts,
+    WriteHostname,
+    WriteStaged,
+)
+from enclos.runtime.operations.common import (
+    Operation,
+)
+from enclos.runtime.operations.namespaces import (
+    BecomeUser,
+    CloneDirectoryImage,
+    CloneSource,
+    EnterNamespaces,
+    EnterUserNamespace,
+)
+from enclos.runtime.operations.staging import (
+    CloneHostPath,
+    JoinNetwork,
+    LookUpAccounts,
+    OpenImage,
+    StageDevices,
+    StageFilesystem,
+    StageText,
+)
+
+__all__ = [
+    "Attach",
+    "BecomeUser",
+    "CheckWorkdir",
+    "CloneDirectoryImage",
+    "CloneHostPath",
+    "CloneSource",
+    "EnterNamespaces",
+    "EnterRoot",
+    "EnterUserNamespace",
+    "JoinNetwork",
+    "LookUpAccounts",
+    "MakeDirectory",
+    "MountInside",
+    "OpenImage",
+    "Operation",
+    "ReadImageEnvironment",
+    "SealRoot",
+    "StageDevices",
+    "StageFilesystem",
+    "StageText",
+    "WriteAccounts",
+    "WriteHostname",
+    "WriteStaged",
+]

@@ -1,0 +1,178 @@
+"""Operations that make root the user, put him into namespaces of his own, and take his mount sources there."""
+
+from __future__ import annotations
+
+import errno
+import os
+from dataclasses import dataclass
+
+from enclos.runtime import errors, linux
+from enclos.runtime.builder import Builder
+from enclos.runtime.linux import (
+    CLONE_NEWIPC,
+    CLONE_NEWNS,
+    CLONE_NEWUSER,
+    CLONE_NEWUTS,
+    MOUNT_ATTR_NODEV,
+    MOUNT_ATTR_NOSUID,
+    MS_PRIVATE,
+    MS_SLAVE,
+)
+from enclos.runtime.operations.common import NO_NAMESPACES, open_as_user, words
+
+NOT_ALONE = "the source has other mounts below it, which 'bind' would uncover; use 'rbind'"
+
+
+@dataclass(frozen=True, slots=True)
+class BecomeUser:
+    """Take the job's ids and keep only CAP_SYS_ADMIN, with which a user namespace may be made anywhere.
+
+    A change of uid resets the dumpable flag to fs.suid_dumpable and clears the death signal (prctl(2)), so both
+    are set again: a dumpable process would show its memory to the user through /proc/PID/mem.
+    """
+
+    def describe(self) -> str:
+        return "become the user, keep CAP_SYS_ADMIN"
+
+    def execute(self, builder: Builder) -> None:
+        linux.keep_capabilities_and_become(builder.uid, builder.gid, builder.groups, 1 << linux.CAP_SYS_ADMIN)
+        linux.set_dumpable(False)
+        linux.set_parent_death_signal(9)
+
+
+@dataclass(frozen=True, slots=True)
+class EnterUserNamespace:
+    """Make the user namespace; the user owns it, and the agent writes its maps."""
+
+    uid_map: str
+    gid_map: str
+    deny_setgroups: bool = True
+
+    def describe(self) -> str:
+        lines = " ".join(self.uid_map.split("\n")).strip(), " ".join(self.gid_map.split("\n")).strip()
+        return f"make the user namespace: uid {lines[0]}; gid {lines[1]}"
+
+    def execute(self, builder: Builder) -> None:
+        try:
+            linux.unshare(CLONE_NEWUSER)
+        except OSError as error:
+            if error.errno in NO_NAMESPACES:
+                raise errors.userns_forbidden(words(error)) from error
+            raise
+        builder.need("map", ("uid_map", self.uid_map), ("gid_map", self.gid_map)).close()
+        linux.set_dumpable(False)
+
+
+@dataclass(frozen=True, slots=True)
+class EnterNamespaces:
+    """Make the mount, ipc and uts namespaces, owned by the user namespace."""
+
+    def describe(self) -> str:
+        return "make the mount, ipc and uts namespaces"
+
+    def execute(self, builder: Builder) -> None:
+        try:
+            linux.unshare(CLONE_NEWNS | CLONE_NEWIPC | CLONE_NEWUTS)
+        except OSError as error:
+            if error.errno == errno.ENOSPC:
+                raise errors.userns_forbidden(words(error)) from error
+            raise
+        # Crossing into a less privileged namespace made every mount a slave of the agent's (mount_namespaces(7)),
+        # and slaves they stay: what the host mounts later below a user's source appears inside.
+
+
+@dataclass(frozen=True, slots=True)
+class CloneDirectoryImage:
+    """Make an image that is a directory the lower layer; for other images there is nothing to do.
+
+    Cloned as the user, in his own mount namespace, where the mounts below it are locked: an overlay shows what
+    lies under them, which the host may have hidden. With such mounts the kernel refuses.
+    """
+
+    path: str
+
+    def describe(self) -> str:
+        return f"take the image {self.path} if it is a directory"
+
+    def execute(self, builder: Builder) -> None:
+        if not builder.image_is_directory:
+            return
+        try:
+            fd = open_as_user(self.path, os.O_PATH | os.O_DIRECTORY)
+        except OSError as error:
+            raise errors.image_not_readable(self.path) from error
+        try:
+            lower = builder.keep("lower", linux.clone_tree("", fd, recursive=False))
+        except OSError as error:
+            if error.errno == errno.EINVAL:
+                raise errors.image_has_mounts(self.path) from error
+            raise
+        finally:
+            os.close(fd)
+        linux.set_attributes(lower, MOUNT_ATTR_NOSUID | MOUNT_ATTR_NODEV, propagation=MS_PRIVATE)
+
+
+@dataclass(frozen=True, slots=True)
+class CloneSource:
+    """Take a mount source, looked up by the user in his own mount namespace, as a detached copy of its tree.
+
+    Cloned there, the mounts below it are locked: he can't unmount one to see what the host hid under it.
+    Propagation is slave: what the host mounts later appears inside, what is mounted inside stays there.
+    """
+
+    name: str
+    source: str
+    target: str
+    recursive: bool = True
+    attributes: int = MOUNT_ATTR_NOSUID | MOUNT_ATTR_NODEV
+    private: bool = False
+    optional: bool = False
+    option: str = "--container-mounts"
+
+    def describe(self) -> str:
+        kind = "recursively" if self.recursive else "alone"
+        return f"clone {self.source} {kind} as {self.name} ({self.attributes:#x})"
+
+    def execute(self, builder: Builder) -> None:
+        try:
+            fd = self._open()
+        except errors.EnclosError:
+            if self.optional:
+                return
+            raise
+        try:
+            mount_fd = builder.keep(self.name, linux.clone_tree("", fd, recursive=self.recursive))
+        except OSError as error:
+            if error.errno == errno.EINVAL and not self.recursive:
+                raise errors.bad_mount_syntax(f"{self.source}:{self.target}", NOT_ALONE) from error
+            raise
+        finally:
+            os.close(fd)
+        propagation = MS_PRIVATE if self.private else MS_SLAVE
+        linux.set_attributes(mount_fd, self.attributes, propagation=propagation, recursive=self.recursive)
+
+    def _open(self) -> int:
+        try:
+            try:
+                # O_DIRECTORY first: with O_PATH alone the last component's automount would not be triggered.
+                fd = open_as_user(self.source, os.O_PATH | os.O_DIRECTORY)
+            except NotADirectoryError:
+                fd = open_as_user(self.source, os.O_PATH)
+            # O_PATH asks for no right to the source itself; what he can't use at all he learns now, not inside.
+            if not any(os.access(f"/proc/self/fd/{fd}", right) for right in (os.R_OK, os.X_OK, os.W_OK)):
+                os.close(fd)
+                raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), self.source)
+            return fd
+        except OSError as error:
+            raise self._worded(error) from error
+
+    def _worded(self, error: OSError) -> Exception:
+        denied = error.errno in (errno.EACCES, errno.EPERM)
+        missing = error.errno in (errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG)
+        if (denied or missing) and self.option == "--container-mount-home":
+            return errors.home_missing(self.source)
+        if denied:
+            return errors.mount_source_denied(self.source, self.target, self.option)
+        if missing:
+            return errors.mount_source_missing(self.source, self.target, self.option)
+        return error

@@ -1,0 +1,255 @@
+"""Operations as root, in the agent's mount namespace: what only root may mount, and what must be known before.
+
+They attach nothing: each leaves a detached mount, a descriptor or a text with the builder.
+"""
+
+from __future__ import annotations
+
+import errno
+import grp
+import os
+import pwd
+import stat
+from dataclasses import dataclass
+
+from enclos.runtime import errors, linux, rootfs
+from enclos.runtime.builder import Builder
+from enclos.runtime.images import origin, squashfs
+from enclos.runtime.linux import (
+    CLONE_NEWNET,
+    MOUNT_ATTR_IDMAP,
+    MOUNT_ATTR_NODEV,
+    MOUNT_ATTR_NOSUID,
+    MOUNT_ATTR_RDONLY,
+    MS_PRIVATE,
+    MS_SLAVE,
+)
+from enclos.runtime.operations.common import NO_NAMESPACES, open_as_user, words
+
+
+@dataclass(frozen=True, slots=True)
+class JoinNetwork:
+    """Enter the job's network namespace, which the agent makes meanwhile: sysfs shows the namespace of its mounter."""
+
+    def describe(self) -> str:
+        return "join the network namespace, take its /etc/hosts"
+
+    def execute(self, builder: Builder) -> None:
+        with builder.need("net") as answer:
+            linux.setns(answer.fds[0], CLONE_NEWNET)
+            for hosts_fd in answer.fds[1:]:
+                size = os.fstat(hosts_fd).st_size
+                builder.texts["hosts"] = os.pread(hosts_fd, size, 0)
+
+
+@dataclass(frozen=True, slots=True)
+class StageFilesystem:
+    """Make a file system that only root may mount (proc and sysfs of namespaces that root owns)."""
+
+    name: str
+    fstype: str
+    options: tuple[tuple[str, str | None], ...] = ()
+    attributes: int = 0
+
+    def describe(self) -> str:
+        options = ",".join(key if value is None else f"{key}={value}" for key, value in self.options)
+        return f"stage {self.fstype} as {self.name} ({options or 'no options'}; {self.attributes:#x})"
+
+    def execute(self, builder: Builder) -> None:
+        builder.keep(self.name, linux.mount_filesystem(self.fstype, self.options, self.attributes))
+
+
+@dataclass(frozen=True, slots=True)
+class StageDevices:
+    """A /dev that holds just what the step may use: nodes that only root can make, on a tmpfs of root's.
+
+    Each node is copied from the host's with its owner and mode, so the kernel's own check of who may open it
+    stays what it is outside.
+    """
+
+    name: str
+    nodes: tuple[str, ...]
+    attributes: int = MOUNT_ATTR_NOSUID
+
+    def describe(self) -> str:
+        return f"stage devices as {self.name}: {' '.join(self.nodes)}"
+
+    def execute(self, builder: Builder) -> None:
+        options = (("mode", "0755"), ("size", "64k"), ("nr_inodes", "1k"))
+        fd = builder.keep(self.name, linux.mount_filesystem("tmpfs", options, self.attributes))
+        for path in self.nodes:
+            self._copy_node(fd, path)
+        for directory in ("pts", "shm", "mqueue"):
+            os.mkdir(directory, 0o755, dir_fd=fd)
+        links = {"fd": "/proc/self/fd", "stdin": "/proc/self/fd/0", "stdout": "/proc/self/fd/1"}
+        links |= {"stderr": "/proc/self/fd/2", "core": "/proc/kcore"}
+        for link, destination in links.items():
+            os.symlink(destination, link, dir_fd=fd)
+
+    @staticmethod
+    def _copy_node(dev_fd: int, path: str) -> None:
+        node = os.stat(path)
+        if not (stat.S_ISCHR(node.st_mode) or stat.S_ISBLK(node.st_mode)):
+            raise errors.not_a_device(path)
+        inside = path.removeprefix("/dev/")
+        parent = os.path.dirname(inside)
+        if parent:
+            os.close(rootfs.make_directories(dev_fd, parent))
+        os.mknod(inside, node.st_mode, node.st_rdev, dir_fd=dev_fd)
+        os.chown(inside, node.st_uid, node.st_gid, dir_fd=dev_fd)
+        os.chmod(inside, stat.S_IMODE(node.st_mode), dir_fd=dev_fd)  # mknod applies the umask
+
+
+@dataclass(frozen=True, slots=True)
+class OpenImage:
+    """Open the image as the user, and make it the lower layer.
+
+    A squashfs file is mounted once per node; this builder mounts it if no other has. The kernel parses only
+    files that root wrote, unless the site trusts its users' images.
+    """
+
+    path: str
+    trust_user_files: bool
+
+    def describe(self) -> str:
+        return f"open image {self.path}"
+
+    def execute(self, builder: Builder) -> None:
+        builder.image_path = self.path
+        with builder.as_user():
+            fd = builder.keep("image", self._open())
+            status = os.fstat(fd)
+            if stat.S_ISREG(status.st_mode):
+                self._check(fd)
+        if stat.S_ISDIR(status.st_mode):
+            builder.image_is_directory = True  # CloneDirectoryImage goes on with it.
+        elif stat.S_ISREG(status.st_mode):
+            if not (self.trust_user_files or _is_roots(fd, status)):
+                raise errors.image_untrusted(self.path)
+            self._mount_squashfs(builder, fd, status)
+        else:
+            raise errors.image_wrong_kind(self.path)
+        builder.drop("image")
+
+    def _open(self) -> int:
+        try:
+            # Non-blocking: a FIFO by that name must not hold up the build.
+            return open_as_user(self.path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY)
+        except OSError as error:
+            if error.errno in (errno.EACCES, errno.EPERM):
+                raise errors.image_not_readable(self.path) from error
+            if error.errno in (errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG):
+                raise errors.image_not_found(self.path) from error
+            raise
+
+    def _check(self, fd: int) -> None:
+        try:
+            squashfs.check_superblock(fd)
+        except squashfs.NotSquashfs as error:
+            raise errors.not_squashfs(self.path) from error
+        except squashfs.Truncated as error:
+            raise errors.image_truncated(self.path, error.wanted_bytes, error.file_bytes) from error
+
+    def _mount_squashfs(self, builder: Builder, fd: int, status: os.stat_result) -> None:
+        """Show the image as the user's: on-disk owner 0 becomes the job's uid on this clone of the mount."""
+        key = f"{status.st_dev:x}-{status.st_ino:x}-{status.st_size:x}-{status.st_mtime_ns:x}-{status.st_ctime_ns:x}"
+        with builder.need("image", ("key", key), ("path", self.path)) as answer:
+            mount_fd, idmap_fd = -1, -1
+            for name, given in zip(answer.all("name"), answer.take_fds(), strict=True):
+                builder.keep(name, given)
+            mount_fd = builder.fds.get("mounted", -1)
+            idmap_fd = builder.fds.get("idmap", -1)
+        if mount_fd < 0:
+            mount_fd = self._attach_loop(builder, fd, key)
+        if idmap_fd < 0:
+            maps = f"0 {builder.uid} 1\n", f"0 {builder.gid} 1\n"
+            try:
+                idmap_fd = builder.keep("idmap", linux.userns_with_map(*maps))
+            except OSError as error:
+                if error.errno in NO_NAMESPACES:
+                    raise errors.userns_forbidden(words(error)) from error
+                raise
+            builder.give("idmap", idmap_fd)
+        lower = builder.keep("lower", linux.clone_tree("", mount_fd, recursive=False))
+        attributes = MOUNT_ATTR_IDMAP | MOUNT_ATTR_NOSUID | MOUNT_ATTR_NODEV | MOUNT_ATTR_RDONLY
+        linux.set_attributes(lower, attributes, propagation=MS_PRIVATE, userns_fd=idmap_fd)
+        builder.drop("mounted")
+        builder.drop("idmap")
+
+    def _attach_loop(self, builder: Builder, fd: int, key: str) -> int:
+        """Mount the file through a loop device that the kernel frees with its last mount.
+
+        The agent attaches the mount in its own mount namespace: before Linux 6.15 a detached mount
+        can't be cloned.
+        """
+        loop_fd, device = linux.loop_attach(fd, self.path[-63:])
+        try:
+            options = (("source", device),)
+            attributes = MOUNT_ATTR_NOSUID | MOUNT_ATTR_NODEV | MOUNT_ATTR_RDONLY
+            mount_fd = linux.mount_filesystem("squashfs", (*options, ("ro", None)), attributes)
+        except OSError as error:
+            raise errors.image_damaged(self.path, words(error)) from error
+        finally:
+            os.close(loop_fd)
+        builder.give("image", mount_fd, ("key", key))
+        os.close(mount_fd)
+        with builder.need("attached", ("key", key)) as answer:
+            return builder.keep("mounted", answer.take_fds()[0])
+
+
+@dataclass(frozen=True, slots=True)
+class CloneHostPath:
+    """Take a file or directory of the host that the site, not the user, chose; looked up as root."""
+
+    name: str
+    path: str
+    attributes: int = MOUNT_ATTR_NOSUID | MOUNT_ATTR_NODEV | MOUNT_ATTR_RDONLY
+
+    def describe(self) -> str:
+        return f"clone host path {self.path} as {self.name} ({self.attributes:#x})"
+
+    def execute(self, builder: Builder) -> None:
+        fd = builder.keep(self.name, linux.clone_tree(self.path, recursive=False))
+        linux.set_attributes(fd, self.attributes, propagation=MS_SLAVE)
+
+
+@dataclass(frozen=True, slots=True)
+class StageText:
+    """Read a small text of the host, as root, for a file inside; a missing one counts as empty."""
+
+    name: str
+    path: str
+
+    def describe(self) -> str:
+        return f"read {self.path} of the host"
+
+    def execute(self, builder: Builder) -> None:
+        try:
+            with open(self.path, "rb", buffering=0) as file:
+                builder.texts[self.name] = file.read(rootfs.READ_LIMIT_BYTES) or b""
+        except FileNotFoundError:
+            builder.texts[self.name] = b""
+
+
+@dataclass(frozen=True, slots=True)
+class LookUpAccounts:
+    """Find the names of the user and his groups now: inside the image, NSS would load the image's libraries."""
+
+    def describe(self) -> str:
+        return "look up the names of the user and his groups"
+
+    def execute(self, builder: Builder) -> None:
+        try:
+            builder.user_name = pwd.getpwuid(builder.uid).pw_name
+        except KeyError:
+            builder.user_name = f"u{builder.uid}"
+        for group_id in (builder.gid, *builder.groups):
+            try:
+                builder.group_names.append((grp.getgrgid(group_id).gr_name, group_id))
+            except KeyError:
+                builder.group_names.append((f"g{group_id}", group_id))
+
+
+def _is_roots(fd: int, status: os.stat_result) -> bool:
+    """Only root can have written the file."""
+    return status.st_uid == 0 and not status.st_mode & 0o022 and not origin.vouched_for_by_user(fd)
