@@ -110,8 +110,9 @@ table inet {table} {{
 }}
 """
 # A fragmented IPv6 packet is put together only behind the input hook, so its ports cannot be seen there. TCP
-# and ICMP can never become UDP; everything else, extension headers too, could.
-FRAGMENTS = '\t\texthdr frag exists frag nexthdr != { tcp, ipv6-icmp } counter name "in_fragment" drop\n'
+# (6) and ICMP (58) can never become UDP; everything else, extension headers too, could. By number: nft looks names up
+# in /etc/protocols, which a small installation lacks.
+FRAGMENTS = '\t\texthdr frag exists frag nexthdr != { 6, 58 } counter name "in_fragment" drop\n'
 
 
 def element(vni: int, address: bytes) -> bytes:

@@ -169,7 +169,7 @@ def test_own_address_as_source_is_dropped_although_it_is_in_the_set(nodes: list[
 
 
 def test_packets_that_are_only_passing_are_dropped(nodes: list[Node]) -> None:
-    nodes[1].run("sysctl -qw net.ipv4.ip_forward=1")
+    nodes[1].run("sh -c 'echo 1 > /proc/sys/net/ipv4/ip_forward'")
     nodes[2].run("ip route add 198.51.100.0/24 via 192.0.2.2")
     nodes[1].run("ip route add 198.51.100.0/24 via 192.0.2.1")
 
