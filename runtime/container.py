@@ -153,6 +153,8 @@ class Container:
                 try:
                     os.write(fd, content.encode())
                 except OSError as error:
+                    if self._child is not None and self._child.has_ended():
+                        raise ChildDied from error
                     raise errors.build_failed(f"write {name}", error.errno or 0) from error
                 finally:
                     os.close(fd)
@@ -164,16 +166,17 @@ class Container:
 
     @contextlib.contextmanager
     def _builder_directory(self) -> Iterator[int]:
-        """A descriptor of the builder's /proc/PID."""
+        """A descriptor of the builder's /proc/PID; raises ChildDied, also for what is missing in it by then."""
         assert self._child is not None
-        directory_fd = os.open(f"/proc/{self._child.pid}", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
         try:
-            signal.pidfd_send_signal(self._child.pidfd, 0)
-            yield directory_fd
-        except ProcessLookupError as error:
+            directory_fd = os.open(f"/proc/{self._child.pid}", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+            try:
+                signal.pidfd_send_signal(self._child.pidfd, 0)
+                yield directory_fd
+            finally:
+                os.close(directory_fd)
+        except (ProcessLookupError, FileNotFoundError) as error:
             raise ChildDied from error
-        finally:
-            os.close(directory_fd)
 
     def _take_results(self, message: Message) -> None:
         self.environment += message.all("env")

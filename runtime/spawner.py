@@ -10,6 +10,7 @@ import asyncio
 import contextlib
 import logging
 import os
+import select
 import signal
 import socket
 import subprocess
@@ -66,6 +67,14 @@ class Child:
         """Raises ChildDied when the child is gone."""
         if not self.channel.send(fields, fds):
             raise ChildDied
+
+    def has_ended(self) -> bool:
+        """Whether the process has ended, even if its channel has not been read to its end."""
+        if self.pidfd < 0:
+            return False
+        poll = select.poll()  # Not select(2): the agent has more than 1024 descriptors on a busy node.
+        poll.register(self.pidfd, select.POLLIN)
+        return bool(poll.poll(0))
 
     def kill(self) -> None:
         """SIGKILL; a user may have stopped the child, and this works on a stopped one too.

@@ -176,7 +176,7 @@ def _loops(cluster: Cluster) -> Iterable[str]:
     own = {}
     for folder in (cluster.layout.images, cluster.layout.shared, cluster.layout.homes):
         for path in folder.rglob("*"):
-            if path.is_file() and not path.is_symlink():
+            if not path.is_symlink() and path.is_file():
                 own[path.stat().st_ino] = path
     shown = subprocess.run(
         ["losetup", "--list", "--json", "--output", "NAME,BACK-INO"], capture_output=True, text=True, check=True

@@ -67,7 +67,8 @@ def test_nodes_see_only_their_own_processes(cluster: Cluster) -> None:
 
 
 def test_home_and_shared_are_the_same_everywhere(cluster: Cluster, usera: Run) -> None:
-    usera("echo home > ~/note; echo all > /shared/note")
+    # 700 is how a home is made; other tests of this session open theirs to show what is in it.
+    usera("chmod 700 ~; echo home > ~/note; echo all > /shared/note")
     for node in cluster.nodes:
         assert usera("cat ~/note /shared/note", node).stdout == "home\nall\n"
     assert cluster.run("cat /home/usera/note", user="userb").returncode != 0
