@@ -19,7 +19,7 @@ from pathlib import Path
 
 import pytest
 from conftest import Result, said
-from enclos.runtime import steps
+from enclos.runtime import building
 from enclos.runtime.cluster.cluster import Cluster, Running
 
 USERA, COMMON, PROJECTA, PROJECTB = 61001, 61100, 61101, 61102
@@ -206,7 +206,7 @@ def test_remapped_root(idle: Cluster, form: str, shared: Path) -> None:
 
 
 def test_remapped_root_keeps_the_documented_capabilities(idle: Cluster) -> None:
-    mask = f"{steps.ROOT_CAPABILITIES:016x}"
+    mask = f"{building.ROOT_CAPABILITIES:016x}"
     rows = shell(idle, "grep -E 'Cap|NoNew|Seccomp:' /proc/self/status", "--container-remap-root").splitlines()
     none = "0" * 16
     assert dict(row.split(":\t") for row in rows) == {
