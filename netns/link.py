@@ -32,6 +32,9 @@ RTM_NEWADDR = 20
 RTM_GETADDR = 22
 RTM_NEWROUTE = 24
 RTM_NEWNEIGH = 28
+RTM_NEWNSID = 88
+NETNSA_NSID = 1
+NETNSA_FD = 3
 IFF_UP = 0x1
 IFF_NOARP = 0x80
 IFLA_ADDRESS = 1
@@ -43,6 +46,7 @@ IFLA_INFO_DATA = 2
 IFLA_AF_SPEC = 26
 IFLA_NET_NS_FD = 28
 IFLA_EXT_MASK = 29
+IFLA_TARGET_NETNSID = 46
 RTEXT_FILTER_SKIP_STATS = 8
 IFLA_INET6_ADDR_GEN_MODE = 8
 IN6_ADDR_GEN_MODE_NONE = 1
@@ -165,6 +169,21 @@ def set_up(index: int, name: str = "") -> bytes:
 def delete_link(name: str) -> bytes:
     """ENODEV if there is none."""
     return message(RTM_DELLINK, 0, IFINFOMSG.pack(0, 0, 0, 0, 0), text(IFLA_IFNAME, name))
+
+
+def name_namespace(netns_fd: int, nsid: int) -> bytes:
+    """Give a network namespace a number in the namespace of the request; EEXIST if it or the number has one.
+
+    The number lasts as long as the namespace, and needs no descriptor of it (rtnetlink, net/core/net_namespace.c).
+    """
+    return message(RTM_NEWNSID, 0, bytes(4), number(NETNSA_NSID, nsid), number(NETNSA_FD, netns_fd))
+
+
+def delete_link_in(nsid: int, name: str) -> bytes:
+    """delete_link in a numbered namespace: EINVAL if there is none of that number."""
+    return message(
+        RTM_DELLINK, 0, IFINFOMSG.pack(0, 0, 0, 0, 0), number(IFLA_TARGET_NETNSID, nsid), text(IFLA_IFNAME, name)
+    )
 
 
 def add_address(index: int, address: bytes, prefix: int) -> bytes:

@@ -40,6 +40,11 @@ def birth_name(vni: int) -> str:
     return f"enclos{vni:06x}"
 
 
+def namespace_number(vni: int) -> int:
+    """The number (nsid) of a network's namespace in the node's own: above those that the kernel hands out by itself."""
+    return VNI_LIMIT + vni
+
+
 def mac_bytes(vni: int, index: int) -> bytes:
     """Locally administered MAC: 02, three bytes of VNI, two of index."""
     if not 0 <= index < INDEX_LIMIT:

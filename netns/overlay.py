@@ -14,13 +14,13 @@ from enclos.netns.batch import Batch
 from enclos.netns.diag import udp_port_owner
 from enclos.netns.facts import KernelRefused, PortTaken, VniInUse
 from enclos.netns.hosts import hosts_lines
-from enclos.netns.names import birth_name, mac_bytes
+from enclos.netns.names import birth_name, mac_bytes, namespace_number
 from enclos.netns.namespace import create_private, has_ipv6, new_namespace, session_in
 from enclos.netns.netlink import Netlink
 from enclos.netns.peers import network_batch
 from enclos.netns.spec import OverlaySpec, Peer
 
-__all__ = ["OverlaySpec", "Peer", "create", "create_private", "hosts_lines", "remove"]
+__all__ = ["OverlaySpec", "Peer", "create", "create_private", "hosts_lines", "remove", "remove_lost"]
 
 
 def create(spec: OverlaySpec) -> int:
@@ -42,6 +42,7 @@ def create(spec: OverlaySpec) -> int:
     with inner:
         try:
             with Netlink() as outer:
+                _name_namespace(spec.vni, netns_fd, outer)
                 _create_device(spec, netns_fd, inner, outer)
             try:
                 _fill(spec, inner)
@@ -54,6 +55,21 @@ def create(spec: OverlaySpec) -> int:
             os.close(netns_fd)
             raise
     return netns_fd
+
+
+def _name_namespace(vni: int, netns_fd: int, outer: Netlink) -> None:
+    """So that an agent after this one can remove the device, whoever holds the namespace then: see remove_lost.
+
+    The number is taken (EEXIST) while somebody holds the namespace of a network that had the VNI before; that one's
+    device is gone, and this one does without.
+    """
+    batch = Batch()
+    batch.add(link.name_namespace(netns_fd, namespace_number(vni)), f"namespace of VNI {vni}")
+    try:
+        outer.run(batch)
+    except KernelRefused as refused:
+        if refused.errno != errno.EEXIST:
+            raise
 
 
 def _create_device(spec: OverlaySpec, netns_fd: int, inner: Netlink, outer: Netlink) -> None:
@@ -116,3 +132,21 @@ def remove(netns_fd: int, ifname: str) -> None:
         except KernelRefused as refused:
             if refused.errno != errno.ENODEV:
                 raise
+
+
+def remove_lost(vni: int, ifname: str) -> None:
+    """Delete the device of a namespace that nobody of ours has a descriptor of; missing is fine.
+
+    For an agent that starts: the one before it was killed, and what keeps the namespace alive is a descriptor of a
+    user, or a TCP socket with unsent data and no process.
+    """
+    with Netlink() as nl:
+        for name in (birth_name(vni), ifname):
+            batch = Batch()
+            batch.add(link.delete_link_in(namespace_number(vni), name), name)
+            try:
+                nl.run(batch)
+            except KernelRefused as refused:
+                # EINVAL: no namespace has the number any more.
+                if refused.errno not in (errno.ENODEV, errno.EINVAL):
+                    raise

@@ -313,6 +313,10 @@ class Jobs:
         made = JobNetwork(-1, int(network["vni"]), str(network["ifname"]), tuple(network["addresses"]), ("", ""), -1)
         self._jobs[job_id] = job
         if job_id not in networks:
+            try:
+                overlay.remove_lost(made.vni, made.ifname)
+            except facts.NetworkFact as fact:
+                log.error("job=%d lost network not removed: %s", job_id, fact)
             self._evict(job_id, made.vni, made.addresses)
             with contextlib.suppress(errors.EnclosError):
                 self._record(job, None)

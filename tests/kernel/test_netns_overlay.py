@@ -245,6 +245,26 @@ def test_removed_at_once_with_foreign_references_and_unsent_data(nodes: list[Nod
             overlay.remove(foreign, IFNAME)  # missing is fine
 
 
+def test_a_lost_network_is_removed_by_its_number(nodes: list[Node]) -> None:
+    """The agent was killed, a user's descriptor keeps the namespace: the next agent can make the network again."""
+    with namespace.inside(nodes[0].fd):
+        lost = overlay.create(spec(nodes[0], VNI, nodes))
+        try:
+            with pytest.raises(VniInUse):
+                overlay.create(spec(nodes[0], VNI, nodes))
+            overlay.remove_lost(VNI + 1, IFNAME)
+            assert set(links(lost)) == {"lo", IFNAME}
+            overlay.remove_lost(VNI, IFNAME)
+            assert set(links(lost)) == {"lo"}
+            overlay.remove_lost(VNI, IFNAME)
+            # Its number is still taken; the new namespace does without.
+            again = overlay.create(spec(nodes[0], VNI, nodes))
+            overlay.remove(again, IFNAME)
+            os.close(again)
+        finally:
+            os.close(lost)
+
+
 def test_create_is_quick(nodes: list[Node]) -> None:
     """Not a benchmark: a bound that only a blocking or per-entry design would miss."""
     wanted = spec(nodes[0], VNI, nodes)
