@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
+import signal
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -247,6 +248,22 @@ def test_the_network_ends_although_a_task_was_killed_with_data_unsent(idle: Clus
             idle.run(["pkill", "-KILL", "-u", "usera", "-f", "peer.py"], node="n1")
         idle.run(["scancel", str(job)], "usera")
         assert_ended(idle, ["n1", "n2"], job)
+
+
+def test_the_network_ends_although_its_agent_was_killed_and_somebody_holds_it(idle: Cluster, image: str) -> None:
+    with (
+        allocation(idle, "-N1", "-w", "n1") as (job, joined),
+        going_on(idle, words(image, "{P} swallow 7777 60", *joined)),
+    ):
+        task = idle.run(["pgrep", "-n", "-u", "usera", "-f", "peer.py swallow"], node="n1").stdout.strip()
+        with going_on(idle, [*PEER.split(), "hold", f"/proc/{task}/ns/net", "60"], node="n1"):
+            idle.stop_agent("n1", signal.SIGKILL)
+            idle.run(["scancel", str(job)], "usera")
+            idle.await_idle()
+            assert not is_free(idle, "n1", job)  # Nobody of ours is there to remove it.
+            idle.start_agent("n1")
+            assert_ended(idle, ["n1"], job)
+            assert idle.run(["pgrep", "-f", "peer.py hold"], node="n1").stdout  # The namespace is still there.
 
 
 def test_a_network_lasts_from_step_to_step_and_no_longer_than_its_job(idle: Cluster, image: str) -> None:
