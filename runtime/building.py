@@ -61,7 +61,6 @@ class NodeStep(Step):
         self._seccomp_fd = -1
         self._relay: Child | None = None
         self._notices: list[str] = []
-        self._reply: JoinReply | None = None
         self.ready: asyncio.Task[JoinReply] | None = None
         self._early: asyncio.Task[None] | None = None
 

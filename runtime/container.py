@@ -102,11 +102,6 @@ class Container:
         self._child.close()
         self._child = None
 
-    @property
-    def builder_pid(self) -> int:
-        """Pid of the builder while there is one, for the log."""
-        return self._child.pid if self._child is not None else 0
-
     def abandon(self) -> None:
         """Kill the builder and drop everything that it made."""
         if self._child is not None:

@@ -524,13 +524,6 @@ def only_root(verb: str) -> EnclosError:
     return UserError(f"enclos {verb}", "only root may do this", hint="run it as root on the compute node")
 
 
-def step_unknown(job: int, step: int) -> EnclosError:
-    """A join without a prepare that could be served."""
-    return AdminError(
-        "container", f"step {job}.{step} is not known to the agent", hint=ADMIN + "journalctl -u enclosd"
-    )
-
-
 # ---------------------------------------------------------------- configuration and command line
 
 

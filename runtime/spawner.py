@@ -137,11 +137,6 @@ class Spawner:
                 log.error("no zygote can be started (%s), trying again", error or "it ended")
             await asyncio.sleep(RESTART_PAUSE_SECONDS)
 
-    @property
-    def pid(self) -> int:
-        """Process id of the zygote."""
-        return self._process.pid if self._process is not None else 0
-
     async def ready(self) -> None:
         """Wait for a zygote, where the last one has died; its children saw that before this process does."""
         while self._control is None or self._control.hung_up():

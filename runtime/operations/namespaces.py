@@ -46,7 +46,6 @@ class EnterUserNamespace:
 
     uid_map: str
     gid_map: str
-    deny_setgroups: bool = True
 
     def describe(self) -> str:
         lines = " ".join(self.uid_map.split("\n")).strip(), " ".join(self.gid_map.split("\n")).strip()

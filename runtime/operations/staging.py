@@ -14,6 +14,7 @@ from dataclasses import dataclass
 
 from enclos.runtime import errors, linux, rootfs
 from enclos.runtime.builder import Builder
+from enclos.runtime.idmap import image_map
 from enclos.runtime.images import origin, squashfs
 from enclos.runtime.linux import (
     CLONE_NEWNET,
@@ -88,7 +89,10 @@ class StageDevices:
 
     @staticmethod
     def _copy_node(dev_fd: int, path: str) -> None:
-        node = os.stat(path)
+        try:
+            node = os.stat(path)
+        except FileNotFoundError as error:
+            raise errors.device_missing(path) from error
         if not (stat.S_ISCHR(node.st_mode) or stat.S_ISBLK(node.st_mode)):
             raise errors.not_a_device(path)
         inside = path.removeprefix("/dev/")
@@ -154,15 +158,13 @@ class OpenImage:
         """Show the image as the user's: on-disk owner 0 becomes the job's uid on this clone of the mount."""
         key = f"{status.st_dev:x}-{status.st_ino:x}-{status.st_size:x}-{status.st_mtime_ns:x}-{status.st_ctime_ns:x}"
         with builder.need("image", ("key", key), ("path", self.path)) as answer:
-            mount_fd, idmap_fd = -1, -1
             for name, given in zip(answer.all("name"), answer.take_fds(), strict=True):
                 builder.keep(name, given)
-            mount_fd = builder.fds.get("mounted", -1)
-            idmap_fd = builder.fds.get("idmap", -1)
+        mount_fd, idmap_fd = builder.fds.get("mounted", -1), builder.fds.get("idmap", -1)
         if mount_fd < 0:
             mount_fd = self._attach_loop(builder, fd, key)
         if idmap_fd < 0:
-            maps = f"0 {builder.uid} 1\n", f"0 {builder.gid} 1\n"
+            maps = image_map(builder.uid), image_map(builder.gid)
             try:
                 idmap_fd = builder.keep("idmap", linux.userns_with_map(*maps))
             except OSError as error:

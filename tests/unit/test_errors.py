@@ -72,7 +72,6 @@ SAMPLES: dict[str, tuple[object, ...]] = {
     "builder_ended": ("enter the root file system", "killed by SIGKILL"),
     "build_timed_out": (20, "open image /images/mpi.sqsh"),
     "only_root": ("gc",),
-    "step_unknown": (42, 0),
     "config_unreadable": (CONF, errno.EACCES),
     "config_syntax": (CONF, 3, "mapping values are not allowed here"),
     "config_unknown_key": (CONF, 3, "network.prot", "network.port"),
