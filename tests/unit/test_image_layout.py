@@ -1,0 +1,61 @@
+"""The store on disk: a record that comes back as it was written, and images that count only when they are whole."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+from enclos.runtime.images.layout import ImageRecord, Part, Store, hex_of
+
+DIGEST = "sha256:" + "ab" * 32
+KEY = "cd" * 32
+
+
+def whole(store: Store) -> ImageRecord:
+    fd = store.part_file()
+    os.write(fd, b"hsqs")
+    store.keep_part(fd, KEY)
+    os.close(fd)
+    record = ImageRecord(DIGEST, (Part(KEY, 4, "ef" * 32),), '{"Env": ["A=ü"]}', ("public registry/a",))
+    store.add(record)
+    return record
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Store:
+    made = Store(str(tmp_path / "store"))
+    made.make()
+    return made
+
+
+def test_a_record_comes_back(store: Store) -> None:
+    record = whole(store)
+    assert store.find(DIGEST) == record
+    assert Path(store.part_path(KEY)).read_bytes() == b"hsqs"
+
+
+def test_an_unnamed_part_leaves_nothing(store: Store) -> None:
+    os.close(store.part_file())
+    assert os.listdir(f"{store.directory}/parts") == []
+
+
+def test_an_image_without_all_of_its_parts_is_none(store: Store) -> None:
+    whole(store)
+    os.truncate(store.part_path(KEY), 3)
+    assert store.find(DIGEST) is None
+    os.unlink(store.part_path(KEY))
+    assert store.find(DIGEST) is None
+
+
+@pytest.mark.parametrize("text", ["", "{}", "[]", '{"format": 1}', '{"format": 2, "digest": "x"}', "\x00"])
+def test_a_damaged_record_is_none(store: Store, text: str) -> None:
+    whole(store)
+    Path(store.record_path(DIGEST)).write_text(text)
+    assert store.find(DIGEST) is None
+
+
+@pytest.mark.parametrize("digest", ["", "sha256:", "sha256:../../etc", "md5:" + "ab" * 32, "sha256:" + "AB" * 32])
+def test_only_a_digest_becomes_a_file_name(digest: str) -> None:
+    with pytest.raises(ValueError, match="not a digest"):
+        hex_of(digest)
