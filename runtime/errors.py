@@ -246,6 +246,13 @@ def mount_target_failed(source: str, target: str, number: int, option: str = MOU
     )
 
 
+def unmount_failed(target: str, number: int, option: str = MOUNTS) -> EnclosError:
+    """umount:TARGET and nothing that could be taken away there."""
+    words = "nothing is mounted there" if number in (errno.EINVAL, errno.ENOENT, errno.ENOTDIR) else reason(number)
+    hint = "mounts are made and taken away in the order in which they are given"
+    return UserError(f"{option}=umount:{target}", "couldn't unmount in the container", words, hint)
+
+
 def not_a_device(path: str) -> EnclosError:
     """devices.nodes names something else."""
     return AdminError(
@@ -307,6 +314,25 @@ def bad_option(name: str, value: str, detail: str) -> EnclosError:
 def given_twice(name: str) -> EnclosError:
     """An option with two different values."""
     return UserError(f"--container-{name}", "specified multiple times", hint="give it once")
+
+
+def unshare_pid() -> EnclosError:
+    """--container-unshare=pid: no process can join a pid namespace."""
+    return UserError(
+        "--container-unshare=pid",
+        "pid is not possible",
+        "tasks are started by Slurm, and no process can join a pid namespace",
+        "other users' processes are hidden in every container",
+    )
+
+
+def unshare_against_network(network: str) -> EnclosError:
+    """--container-unshare=net and a network of another kind."""
+    return UserError(
+        "--container-unshare=net",
+        f"cannot be combined with --container-network={network}",
+        hint="net means --container-network=none; give one of them",
+    )
 
 
 def readonly_and_writable() -> EnclosError:

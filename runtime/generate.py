@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from enclos.runtime.config import yaml_value
-from enclos.runtime.settings import INTERFACE_VARIABLES, OPTIONS, Config, Row, rows, subsections
+from enclos.runtime.settings import INTERFACE_VARIABLES, OPTIONS, Config, Option, Row, rows, subsections
 
 ROOT = Path(__file__).resolve().parent.parent
 NOTE = "made by 'python -m enclos.runtime.settings --write' from runtime/settings.py: change that"
@@ -36,6 +36,13 @@ def c_header() -> str:
         "",
         "#include <stddef.h>",
         "",
+        "struct enclos_check {",
+        "\tconst char *pattern; /* extended regular expression that the whole value matches */",
+        "\tconst char *words;   /* what is wrong if it does not */",
+        "\tint each;            /* the parts between commas have to match, not the value */",
+        "};",
+        "",
+        *_c_checks(),
         "struct enclos_option_row {",
         "\tconst char *name;      /* without the leading -- */",
         "\tconst char *arginfo;   /* NULL when it takes no value */",
@@ -45,6 +52,7 @@ def c_header() -> str:
         "\tconst char *pyxis_env; /* the same under pyxis' name */",
         "\tconst char *key;       /* NAME of option.NAME on the wire */",
         "\tconst char *fixed;     /* the value when has_arg is 0 */",
+        "\tconst struct enclos_check *checks; /* ends with a pattern of NULL */",
         "};",
         "",
         f"#define ENCLOS_OPTION_COUNT {len(OPTIONS)}",
@@ -57,6 +65,7 @@ def c_header() -> str:
             f"\t\t{_c(o.name)}, {_c(o.arginfo)},",
             f"\t\t{_c(o.usage)},",
             f"\t\t{0 if o.fixed else 1}, {_c(o.env)}, {_c(o.pyxis_env)}, {_c(o.key)}, {_c(o.fixed)},",
+            f"\t\t{_c_checks_name(o)},",
             "\t},",
         ]
     lines += [
@@ -68,6 +77,19 @@ def c_header() -> str:
     lines += [f"\t{_c(name)}," for name in INTERFACE_VARIABLES]
     lines += ["\tNULL,", "};", "", "#endif", ""]
     return "\n".join(lines)
+
+
+def _c_checks() -> Iterator[str]:
+    for o in OPTIONS:
+        if o.checks:
+            yield f"static const struct enclos_check {_c_checks_name(o)}[] = {{"
+            for check in o.checks:
+                yield f"\t{{ {_c(f'^({check.pattern})$')}, {_c(check.words)}, {int(check.each)} }},"
+            yield from ("\t{ NULL, NULL, 0 },", "};", "")
+
+
+def _c_checks_name(o: Option) -> str:
+    return f"enclos_checks_{o.key.replace('-', '_')}" if o.checks else "NULL"
 
 
 def _c(text: str) -> str:

@@ -1,6 +1,6 @@
 r"""The syntax of --container-mounts and of mounts.site: text to `Mount`, nothing else.
 
-    SRC[:DST[:FLAG[+FLAG...]]][,SRC...]      tmpfs:DST[:FLAG[+FLAG...]]
+    SRC[:DST[:FLAG[+FLAG...]]][,SRC...]      tmpfs:DST[:FLAGS]      devpts:DST[:FLAGS]      umount:DST
 
 as pyxis has it. A backslash takes away the meaning of the next `,`, `:` or `\`. Must not
 hold: any look at a file system; paths are opened elsewhere, with the user's rights. Pure.
@@ -19,39 +19,28 @@ from enclos.runtime import errors
 MOUNT_LIMIT = 256
 PATH_LIMIT = 4095
 
+WORDS = ("tmpfs", "devpts", "umount")
+SOURCE_WORDS = 'mount source must be a relative path (./…), an absolute path, "tmpfs", "devpts" or "umount"'
+TARGET_WORDS = "mount target must be an absolute path"
+ESCAPE_WORDS = "mount target leads out of the container (Cross-device link)"
+
 _ACCESS = {"ro": True, "rw": False}
-_DEPTH = {"bind": False, "rbind": True}
-_PROPAGATION = ("private", "rprivate", "slave", "rslave")
-_BIND_FLAGS = (
-    "nosuid",
-    "nodev",
-    "noexec",
-    "exec",
-    "noatime",
-    "nodiratime",
-    "relatime",
-    "strictatime",
-    "nosymfollow",
-    "nofail",
-    "x-create=auto",
-    "x-create=dir",
-    "x-create=file",
-    *_PROPAGATION,
+PROPAGATION = ("private", "rprivate", "slave", "rslave", "shared", "rshared", "unbindable", "runbindable")
+_CREATE = ("x-create=auto", "x-create=dir", "x-create=file")
+# Without effect: what holds anyway, what the kernel leaves to the node, or what mount(8) itself does nothing about.
+# A source always comes with what is mounted below it: without, files would appear that the node has hidden.
+_SILENT = (
+    *("bind", "rbind", "nosuid", "nodev", "suid", "dev", "defaults", "async", "silent", "loud"),
+    *("atime", "diratime", "norelatime", "nostrictatime", "x-detach"),
 )
-_TMPFS_FLAGS = ("nosuid", "nodev", "noexec", "exec", "noatime", "nodiratime", "relatime", "strictatime")
-_TMPFS_VALUES = {
+_TIMES = ("noatime", "nodiratime", "relatime", "strictatime")
+_FLAGS = ("noexec", "exec", *_TIMES, "nosymfollow", "nofail", *_CREATE, *PROPAGATION)
+TMPFS_VALUES = {
     "size": r"[1-9][0-9]{0,17}[kmgtKMGT]?|([1-9][0-9]?|100)%",
     "mode": "[0-7]{3,4}",
     "nr_inodes": r"[1-9][0-9]{0,11}[kmgKMG]?",
 }
-# Flags of mount(8) that pyxis passes on and that a container may not have. They get their
-# own words because users will try them.
-_IMPOSSIBLE = {
-    "suid": "set-user-id programs have no effect in a container",
-    "dev": "device nodes of mounts cannot be opened in a container",
-    "shared": "mounts of a container do not appear on the node",
-    "rshared": "mounts of a container do not appear on the node",
-}
+ALL_FLAGS = (*_ACCESS, *_FLAGS, *_SILENT)
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,14 +48,12 @@ class Mount:
     """One mount as asked for.
 
     Attributes:
-        source: absolute path on the node; empty for a tmpfs.
+        source: absolute path on the node; empty unless kind is "bind".
         target: absolute path in the container.
-        kind: "bind" or "tmpfs".
+        kind: "bind", "tmpfs", "devpts", or "umount", which takes away what is mounted at the target.
         read_only: None when neither ro nor rw was given.
-        recursive: include what is mounted below the source (rbind, the default).
         options: the other flags, in order, each once: `noexec`, `noatime`, `private`,
-            `nofail`, `x-create=…`, for a tmpfs `size=…` and `mode=…`.
-            nosuid and nodev are dropped: they hold for every mount.
+            `nofail`, `x-create=…`, for a tmpfs `size=…` and `mode=…`. Those without effect are left out.
         text: this mount as typed, for messages.
     """
 
@@ -74,7 +61,6 @@ class Mount:
     target: str
     kind: str
     read_only: bool | None
-    recursive: bool
     options: tuple[str, ...]
     text: str
 
@@ -105,31 +91,39 @@ def _parse_entry(entry: str, cwd: str) -> Mount:
         raise errors.bad_mount_syntax(entry, "too many colons")
     source, target, flags = (parts + ["", ""])[:3]
     if not source or (len(parts) > 1 and not target):
-        raise errors.bad_mount_syntax(entry, "empty source" if not source else "empty target")
-    kind = "tmpfs" if source == "tmpfs" else "bind"
+        raise errors.bad_mount_syntax(entry, "empty target" if source else "empty source")
+    kind = source if source in WORDS else "bind"
     if kind == "bind":
         source = _source(source, cwd, entry)
         target = target or source
     elif not target:
-        raise errors.bad_mount_syntax(entry, "tmpfs needs a target")
-    _check_path(target, "mount target must be an absolute path", entry)
-    if posixpath.normpath(target).strip("/") == "":
-        raise errors.bad_mount_syntax(entry, "the container's root can't be a target")
-    read_only, recursive, options = _parse_flags(flags, kind, entry)
-    return Mount("" if kind == "tmpfs" else source, target, kind, read_only, recursive, options, entry)
+        raise errors.bad_mount_syntax(entry, f"{kind} needs a target")
+    target = _target(target, entry)
+    read_only, options = _parse_flags(flags, kind, entry)
+    return Mount(source if kind == "bind" else "", target, kind, read_only, options, entry)
 
 
 def _source(source: str, cwd: str, entry: str) -> str:
     """The source as an absolute path; `..` stays, because symbolic links decide what it means."""
-    if source == "umount":
-        raise errors.bad_mount_syntax(entry, "umount is not supported")
     if source in (".", "..") or source.startswith(("./", "../")):
         if not cwd.startswith("/"):
             raise errors.bad_mount_syntax(entry, "mount source must be an absolute path here")
         rest = source.removeprefix(".").lstrip("/") if not source.startswith("..") else source
         source = f"{cwd.rstrip('/')}/{rest}".rstrip("/") or "/"
-    _check_path(source, 'mount source must be a relative path ("./…"), an absolute path or "tmpfs"', entry)
+    _check_path(source, SOURCE_WORDS, entry)
     return source
+
+
+def _target(target: str, entry: str) -> str:
+    """The target as an absolute path; `./x` starts at the container's root, as pyxis has it."""
+    if target == "." or target.startswith("./"):
+        target = f"/{target.removeprefix('.').lstrip('/')}"
+    elif target.startswith(".."):
+        raise errors.bad_mount_syntax(entry, ESCAPE_WORDS)
+    _check_path(target, TARGET_WORDS, entry)
+    if posixpath.normpath(target).strip("/") == "":
+        raise errors.bad_mount_syntax(entry, "the container's root can't be a target")
+    return target
 
 
 def _check_path(path: str, words: str, entry: str) -> None:
@@ -139,48 +133,33 @@ def _check_path(path: str, words: str, entry: str) -> None:
         raise errors.bad_mount_syntax(entry[:64] + "…", f"path longer than {PATH_LIMIT} bytes")
 
 
-def _parse_flags(text: str, kind: str, entry: str) -> tuple[bool | None, bool, tuple[str, ...]]:
-    """Flags to (read_only, recursive, the others)."""
+def _parse_flags(text: str, kind: str, entry: str) -> tuple[bool | None, tuple[str, ...]]:
+    """Flags to (read_only, the others)."""
     read_only: bool | None = None
-    recursive: bool | None = None
     options: dict[str, None] = {}
     for flag in text.split("+") if text else []:
         if flag in _ACCESS:
             read_only = _once(read_only, _ACCESS[flag], "ro and rw", entry)
-        elif kind == "bind" and flag in _DEPTH:
-            recursive = _once(recursive, _DEPTH[flag], "bind and rbind", entry)
-        elif _is_known(flag, kind):
+        elif flag in _FLAGS or _is_tmpfs_value(flag, kind):
             options[flag] = None
-        else:
-            raise errors.bad_mount_syntax(entry, _why_unknown(flag))
+        elif flag not in _SILENT:
+            raise errors.bad_mount_syntax(entry, f"unknown flag '{flag}'" if flag else "empty flag")
     for family in (
-        _PROPAGATION,
+        PROPAGATION,
         ("exec", "noexec"),
         ("noatime", "relatime", "strictatime"),
-        ("x-create=auto", "x-create=dir", "x-create=file"),
-        *((f"{k}=",) for k in _TMPFS_VALUES),
+        _CREATE,
+        *((f"{k}=",) for k in TMPFS_VALUES),
     ):
         _one_of(family, options, entry)
-    return (
-        read_only,
-        kind == "bind" and recursive is not False,
-        tuple(o for o in options if o not in ("nosuid", "nodev")),
-    )
+    return read_only, tuple(options)
 
 
-def _is_known(flag: str, kind: str) -> bool:
-    if kind == "bind":
-        return flag in _BIND_FLAGS
+def _is_tmpfs_value(flag: str, kind: str) -> bool:
     name, equals, value = flag.partition("=")
-    if equals and name in _TMPFS_VALUES:
-        return re.fullmatch(_TMPFS_VALUES[name], value) is not None
-    return flag in _TMPFS_FLAGS
-
-
-def _why_unknown(flag: str) -> str:
-    if flag in _IMPOSSIBLE:
-        return f"flag '{flag}' is not possible: {_IMPOSSIBLE[flag]}"
-    return f"unknown flag '{flag}'" if flag else "empty flag"
+    if kind != "tmpfs" or not equals or name not in TMPFS_VALUES:
+        return False
+    return re.fullmatch(TMPFS_VALUES[name], value) is not None
 
 
 def _once(before: bool | None, now: bool, words: str, entry: str) -> bool:
@@ -201,9 +180,7 @@ def _split(text: str, separator: str, entry: str) -> list[str]:
     while i < len(text):
         if text[i] == "\\":
             if text[i + 1 : i + 2] not in (",", ":", "\\"):
-                raise errors.bad_mount_syntax(
-                    entry, r"a backslash goes before a comma, a colon or a backslash"
-                )
+                raise errors.bad_mount_syntax(entry, r"a backslash goes before a comma, a colon or a backslash")
             i += 1
         elif text[i] == separator:
             parts.append(text[start:i])

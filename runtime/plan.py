@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from enclos.runtime import errors
+from enclos.runtime import errors, mounts
 from enclos.runtime import operations as op
 from enclos.runtime.builder import Plan
 from enclos.runtime.idmap import IdMaps
@@ -22,6 +22,10 @@ from enclos.runtime.linux import (
     MOUNT_ATTR_NOSYMFOLLOW,
     MOUNT_ATTR_RDONLY,
     MOUNT_ATTR_STRICTATIME,
+    MS_PRIVATE,
+    MS_SHARED,
+    MS_SLAVE,
+    MS_UNBINDABLE,
 )
 from enclos.runtime.mounts import Mount
 from enclos.runtime.policy import Decision
@@ -32,6 +36,7 @@ SAFE = MOUNT_ATTR_NOSUID | MOUNT_ATTR_NODEV
 KERNEL_FS = SAFE | MOUNT_ATTR_NOEXEC
 STANDARD_NODES = ("/dev/null", "/dev/zero", "/dev/full", "/dev/random", "/dev/urandom", "/dev/tty", "/dev/ptmx")
 FIXED_TARGETS = ("/proc", "/sys", "/dev", "/etc/passwd", "/tmp")
+PROPAGATION = {"private": MS_PRIVATE, "slave": MS_SLAVE, "shared": MS_SHARED, "unbindable": MS_UNBINDABLE}
 MOUNT_FLAGS = {"noexec": MOUNT_ATTR_NOEXEC, "nosymfollow": MOUNT_ATTR_NOSYMFOLLOW}
 # Only of mounts that are new: the kernel does not let a user namespace change how another's mounts keep access times
 # (MNT_LOCK_ATIME in fs/namespace.c).
@@ -74,7 +79,7 @@ def _early(
         "--container-mount-home": _home_mount(request, decision),
         "--container-mounts": decision.user_mounts,
     }
-    mounts = [(mount, option) for option, listed in origins.items() for mount in listed]
+    wanted = [(mount, option) for option, listed in origins.items() for mount in listed]
 
     # As root: what only root may mount, and what has to be read before the image is the root.
     yield op.LookUpAccounts()
@@ -101,10 +106,10 @@ def _early(
     yield op.EnterUserNamespace(maps.uid_map, maps.gid_map)
     yield op.EnterNamespaces()
     yield op.CloneDirectoryImage(request.image_path())
-    for index, (mount, option) in enumerate(mounts):
+    for index, (mount, option) in enumerate(wanted):
         if mount.kind == "bind":
             yield _clone(index, mount, option)
-    targets = (*FIXED_TARGETS, f"{home}/", *slurm_directories(request), *(mount.target for mount, _ in mounts))
+    targets = (*FIXED_TARGETS, f"{home}/", *slurm_directories(request), *(mount.target for mount, _ in wanted))
     yield op.EnterRoot(node.stage, config.rootfs.tmpfs_size, targets)
     yield op.Attach("proc", "/proc")
     yield op.Attach("sys", "/sys")
@@ -121,11 +126,8 @@ def _early(
     yield op.WriteHostname()
     yield op.MakeDirectory("/tmp", 0o1777)
     yield op.MakeDirectory(home, 0o700)
-    for index, (mount, option) in enumerate(mounts):
-        if mount.kind == "bind":
-            yield op.Attach(f"mount{index}", mount.target, mount.source, "nofail" in mount.options, option)
-        else:
-            yield _tmpfs(mount, option)
+    for index, (mount, option) in enumerate(wanted):
+        yield _place(index, mount, option)
 
 
 def late(request: StepRequest, decision: Decision, directories: Sequence[str]) -> Plan:
@@ -167,11 +169,11 @@ def _home_mount(request: StepRequest, decision: Decision) -> tuple[Mount, ...]:
         return ()
     if not request.home:
         raise errors.home_missing(request.home)
-    return (Mount(request.home, request.home, "bind", None, True, (), request.home),)
+    return (Mount(request.home, request.home, "bind", None, (), request.home),)
 
 
 def _attributes(mount: Mount) -> int:
-    flags = TMPFS_FLAGS if mount.kind == "tmpfs" else MOUNT_FLAGS
+    flags = MOUNT_FLAGS if mount.kind == "bind" else TMPFS_FLAGS
     attributes = SAFE | (MOUNT_ATTR_RDONLY if mount.read_only else 0)
     for option in mount.options:
         attributes |= flags.get(option, 0)
@@ -179,17 +181,27 @@ def _attributes(mount: Mount) -> int:
 
 
 def _clone(index: int, mount: Mount, option: str) -> op.CloneSource:
-    private = "private" in mount.options or "rprivate" in mount.options
     optional = "nofail" in mount.options
     return op.CloneSource(
-        f"mount{index}", mount.source, mount.target, mount.recursive, _attributes(mount), private, optional, option
+        f"mount{index}", mount.source, mount.target, _attributes(mount), _propagation(mount), optional, option
     )
 
 
-def _tmpfs(mount: Mount, option: str) -> op.MountInside:
-    options: list[tuple[str, str | None]] = [("mode", "0755")]
-    for option in mount.options:
-        name, equals, value = option.partition("=")
-        if equals and name in ("size", "mode", "nr_inodes"):
+def _propagation(mount: Mount) -> int:
+    """Slave by default: what the node mounts later appears inside."""
+    return next((PROPAGATION[o.removeprefix("r")] for o in mount.options if o in mounts.PROPAGATION), MS_SLAVE)
+
+
+def _place(index: int, mount: Mount, option: str) -> op.Operation:
+    """One of the user's or the site's mounts onto its target, in the order in which they were given."""
+    optional = "nofail" in mount.options
+    if mount.kind == "bind":
+        return op.Attach(f"mount{index}", mount.target, mount.source, optional, option)
+    if mount.kind == "umount":
+        return op.Unmount(mount.target, optional, option)
+    options: list[tuple[str, str | None]] = [("mode", "1777")] if mount.kind == "tmpfs" else [("ptmxmode", "0666")]
+    for flag in mount.options:
+        name, equals, value = flag.partition("=")
+        if equals and name in mounts.TMPFS_VALUES:
             options.append((name, value))
-    return op.MountInside("tmpfs", mount.target, tuple(options), _attributes(mount), option)
+    return op.MountInside(mount.kind, mount.target, tuple(options), _attributes(mount), option)

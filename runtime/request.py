@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from enclos.runtime import errors, mounts
+from enclos.runtime.early import NAMESPACES
 from enclos.runtime.mounts import Mount
 
 BATCH_STEP = 4294967291
@@ -101,7 +102,7 @@ def parse(fields: Fields) -> StepRequest:
         cwd=cwd,
         home=_lenient_path(fields, "home"),
         image=_checked(image, "image"),
-        network=_option(fields, "network"),
+        network=_network(fields),
         mounts=_mounts(fields, cwd),
         workdir=_workdir(fields),
         writable=_writable(fields),
@@ -195,6 +196,23 @@ def _writable(fields: Fields) -> bool | None:
     return writable if readonly is None else not readonly
 
 
+def _network(fields: Fields) -> str:
+    """--container-network, or what --container-unshare says of it; ipc and uts are the container's own anyway."""
+    network = _option(fields, "network")
+    unshare = _option(fields, "unshare")
+    namespaces = unshare.split(",") if unshare else []
+    if "pid" in namespaces:
+        raise errors.unshare_pid()
+    for namespace in namespaces:
+        if namespace not in NAMESPACES:
+            raise errors.bad_option("unshare", unshare[:64], f"unknown namespace '{namespace[:32]}'")
+    if "net" not in namespaces:
+        return network
+    if network not in ("", "none"):
+        raise errors.unshare_against_network(network[:32])
+    return "none"
+
+
 def _mounts(fields: Fields, cwd: str) -> tuple[Mount, ...]:
     found: dict[Mount, None] = {}
     for text in fields.get("option.mounts") or ():
@@ -205,10 +223,9 @@ def _mounts(fields: Fields, cwd: str) -> tuple[Mount, ...]:
 
 
 def _workdir(fields: Fields) -> str:
+    """A relative one starts at the container's root, as pyxis has it."""
     path = _checked(_option(fields, "workdir"), "workdir")
-    if path and not path.startswith("/"):
-        raise errors.bad_option("workdir", path, "it must be an absolute path")
-    return path
+    return f"/{path}" if path and not path.startswith("/") else path
 
 
 def _environment(fields: Fields) -> tuple[str, ...]:

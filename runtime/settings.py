@@ -20,6 +20,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field, fields
 from typing import Any, TypeVar
 
+from enclos.runtime import early
+from enclos.runtime.early import Check
 from enclos.runtime.kinds import Block, Choice, Flag, Kind, Number, Several, SiteMount, Size, Text
 
 T = TypeVar("T")
@@ -263,7 +265,8 @@ class Option:
 
     `key` is NAME of `option.NAME` on the wire; `fixed` is its value when the option takes
     none. `env` and `pyxis_env` are read when no option with this key was given; they are
-    empty on the second spelling of a key. `detail` is for the manual only.
+    empty on the second spelling of a key. `detail` is for the manual only. `checks` are what
+    srun refuses by itself.
     """
 
     name: str
@@ -274,6 +277,7 @@ class Option:
     fixed: str = ""
     env: str = ""
     pyxis_env: str = ""
+    checks: tuple[Check, ...] = ()
 
 
 def option(
@@ -286,6 +290,7 @@ def option(
     fixed: str = "",
     twin: bool = True,
     pyxis: bool = True,
+    checks: tuple[Check, ...] = (),
 ) -> Option:
     """A row of the option table; name without the leading `container-`, its twins follow from it."""
     rest = name.removeprefix("no-")
@@ -299,6 +304,7 @@ def option(
         fixed=fixed,
         env=f"ENCLOS_CONTAINER_{upper}" if twin else "",
         pyxis_env=f"PYXIS_CONTAINER_{upper}" if twin and pyxis else "",
+        checks=checks,
     )
 
 
@@ -309,16 +315,25 @@ OPTIONS: tuple[Option, ...] = (
         "run the step in a container made from this image: a squashfs file or a directory on the node",
         "The path is looked up on the compute node with your rights. ./PATH starts at the step's working "
         "directory.",
+        checks=early.IMAGE,
     ),
     option(
         "mounts",
         "SRC[:DST[:FLAGS]][,...]",
         'show files or directories of the node inside the container; flags are joined by "+", e.g. '
         '"ro+noexec"',
-        "SRC alone is mounted at the same place; tmpfs:DST gives an empty directory in memory. May be "
-        "repeated. SRC is looked up on the compute node with your rights.",
+        "SRC alone is mounted at the same place. SRC is looked up on the compute node with your rights; "
+        "./SRC starts at the step's working directory. tmpfs:DST gives an empty directory in memory, "
+        "devpts:DST terminals of the container's own, umount:DST takes away what is mounted at DST.",
+        checks=early.MOUNTS,
     ),
-    option("workdir", "PATH", "working directory inside the container"),
+    option(
+        "workdir",
+        "PATH",
+        "working directory inside the container",
+        "A relative one starts at the container's root.",
+        checks=early.WORKDIR,
+    ),
     option(
         "writable",
         "",
@@ -332,7 +347,20 @@ OPTIONS: tuple[Option, ...] = (
     option(
         "no-mount-home", "", "do not mount your home directory inside the container", fixed="0", twin=False
     ),
-    option("env", "NAME[,NAME...]", "variables that keep the job's value even if the image sets them"),
+    option(
+        "env",
+        "NAME[,NAME...]",
+        "variables that keep the job's value even if the image sets them",
+        checks=early.ENV,
+    ),
+    option(
+        "unshare",
+        "net|ipc|uts[,...]",
+        "namespaces of the container's own: net leaves it only the loopback interface, ipc and uts every "
+        "container has",
+        "net is the same as --container-network=none.",
+        checks=early.UNSHARE,
+    ),
     option(
         "network",
         "job|host|none",
@@ -340,6 +368,7 @@ OPTIONS: tuple[Option, ...] = (
         "On a job network the names of the job's nodes lead to their containers, and nobody else can "
         "reach them.",
         pyxis=False,
+        checks=early.NETWORK,
     ),
 )
 

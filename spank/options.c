@@ -7,6 +7,7 @@
 #define _GNU_SOURCE
 #include "enclos.h"
 
+#include <regex.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -54,47 +55,36 @@ static int find_key(const char *key)
 	return -1;
 }
 
-/* ---- checks of single values, by key; each returns what is wrong, or NULL ---- */
+/* ---- checks of single values: a row's patterns ---- */
 
-static const char *check_mount(const char *mount, size_t length)
+/* A pattern that cannot be used refuses nothing: the agent checks everything again. */
+static bool matches(const struct enclos_check *check, const char *value)
 {
-	const char *colon = memchr(mount, ':', length);
+	regex_t pattern;
+	char *copy = strdup(value), *rest = copy, *part;
+	bool all = true;
 
-	if (length == 0)
-		return "empty mount (expected SRC:DST[:FLAGS])";
-	if (colon == mount)
-		return "mount without a source (expected SRC:DST[:FLAGS])";
-	if (colon == NULL || colon + 1 == mount + length)
-		return colon == NULL ? NULL : "mount without a target (expected SRC:DST[:FLAGS])";
-	return colon[1] == '/' ? NULL : "mount target is not an absolute path";
-}
-
-static const char *check_mounts(const char *value)
-{
-	/* A backslash escapes separators: left to the agent, which knows the whole syntax. */
-	if (strchr(value, '\\') != NULL)
-		return NULL;
-	for (;;) {
-		size_t length = strcspn(value, ",");
-		const char *wrong = check_mount(value, length);
-
-		if (wrong != NULL || value[length] == '\0')
-			return wrong;
-		value += length + 1;
+	if (copy == NULL || (check->each && strchr(value, '\\') != NULL) ||
+	    regcomp(&pattern, check->pattern, REG_EXTENDED | REG_NOSUB) != 0) {
+		free(copy);
+		return true;
 	}
+	while (all && (part = check->each ? strsep(&rest, ",") : rest) != NULL) {
+		all = regexec(&pattern, part, 0, NULL, 0) != REG_NOMATCH;
+		rest = check->each ? rest : NULL;
+	}
+	regfree(&pattern);
+	free(copy);
+	return all;
 }
 
-static const char *check_value(const char *key, const char *value)
+/* What is wrong with the value, or NULL. */
+static const char *check_value(const struct enclos_check *check, const char *value)
 {
-	if (value[0] == '\0')
-		return "value is empty";
-	if (strcmp(key, "mounts") == 0)
-		return check_mounts(value);
-	if (strcmp(key, "workdir") == 0 && value[0] != '/')
-		return "not an absolute path";
-	if (strcmp(key, "network") == 0 && strcmp(value, "job") != 0 && strcmp(value, "host") != 0 &&
-	    strcmp(value, "none") != 0)
-		return "no such network (job, host or none)";
+	for (; check != NULL && check->pattern != NULL; check++) {
+		if (!matches(check, value))
+			return check->words;
+	}
 	return NULL;
 }
 
@@ -137,7 +127,7 @@ static bool given_twice(int index, const char *value)
 static int choose_local(int index, const char *value)
 {
 	const struct enclos_option_row *row = row_at(index);
-	const char *wrong = row->has_arg ? check_value(row->key, value) : NULL;
+	const char *wrong = check_value(row->checks, value);
 
 	if (wrong != NULL) {
 		slurm_error("enclos: --%s=%s: %s", row->name, value, wrong);
@@ -279,7 +269,7 @@ static void take_variable(int index, const char *variable, const char *value)
 	char name[256];
 
 	if (row->has_arg)
-		wrong = check_value(row->key, value);
+		wrong = check_value(row->checks, value);
 	else if (!flag_row(index, value, &index))
 		wrong = "neither yes nor no";
 	if (wrong != NULL) {

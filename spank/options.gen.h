@@ -4,6 +4,53 @@
 
 #include <stddef.h>
 
+struct enclos_check {
+	const char *pattern; /* extended regular expression that the whole value matches */
+	const char *words;   /* what is wrong if it does not */
+	int each;            /* the parts between commas have to match, not the value */
+};
+
+static const struct enclos_check enclos_checks_image[] = {
+	{ "^(.+)$", "argument required", 0 },
+	{ NULL, NULL, 0 },
+};
+
+static const struct enclos_check enclos_checks_mounts[] = {
+	{ "^(.+)$", "argument required", 0 },
+	{ "^([^:]+(:.*)?)$", "invalid format: mount without a source (expected SRC:DST[:FLAGS])", 1 },
+	{ "^([^:]+(:[^:]+(:.*)?)?)$", "invalid format: mount without a target (expected SRC:DST[:FLAGS])", 1 },
+	{ "^((\\.?\\.?/[^:]*|\\.\\.?|tmpfs|devpts|umount)(:.*)?)$", "mount source must be a relative path (./…), an absolute path, \"tmpfs\", \"devpts\" or \"umount\"", 1 },
+	{ "^([^:]+(:([^.:][^:]*|\\.([^.:][^:]*)?)(:.*)?)?)$", "mount target leads out of the container (Cross-device link)", 1 },
+	{ "^([^:]+(:(\\.?/[^:]*|\\.)(:.*)?)?)$", "mount target must be an absolute path", 1 },
+	{ "^([^:]*(:[^:]*){0,2})$", "invalid format: too many colons (expected SRC:DST[:FLAGS])", 1 },
+	{ "^([^:]+(:[^:]+(:((ro|rw|noexec|exec|noatime|nodiratime|relatime|strictatime|nosymfollow|nofail|x-create=auto|x-create=dir|x-create=file|private|rprivate|slave|rslave|shared|rshared|unbindable|runbindable|bind|rbind|nosuid|nodev|suid|dev|defaults|async|silent|loud|atime|diratime|norelatime|nostrictatime|x-detach|size=[^:+]+|mode=[^:+]+|nr_inodes=[^:+]+)(\\+|$))*)?)?)$", "unknown flag of a mount", 1 },
+	{ NULL, NULL, 0 },
+};
+
+static const struct enclos_check enclos_checks_workdir[] = {
+	{ "^(.+)$", "argument required", 0 },
+	{ NULL, NULL, 0 },
+};
+
+static const struct enclos_check enclos_checks_env[] = {
+	{ "^(.+)$", "argument required", 0 },
+	{ "^([A-Za-z_][A-Za-z0-9_.-]*)$", "invalid format: not a list of names of variables", 1 },
+	{ NULL, NULL, 0 },
+};
+
+static const struct enclos_check enclos_checks_unshare[] = {
+	{ "^(.+)$", "argument required", 0 },
+	{ "^((net|ipc|uts|pid))$", "unknown namespace (net, ipc or uts)", 1 },
+	{ "^((net|ipc|uts))$", "pid is not possible: tasks are started by Slurm, and no process can join a pid namespace", 1 },
+	{ NULL, NULL, 0 },
+};
+
+static const struct enclos_check enclos_checks_network[] = {
+	{ "^(.+)$", "argument required", 0 },
+	{ "^((job|host|none))$", "no such network (job, host or none)", 0 },
+	{ NULL, NULL, 0 },
+};
+
 struct enclos_option_row {
 	const char *name;      /* without the leading -- */
 	const char *arginfo;   /* NULL when it takes no value */
@@ -13,65 +60,83 @@ struct enclos_option_row {
 	const char *pyxis_env; /* the same under pyxis' name */
 	const char *key;       /* NAME of option.NAME on the wire */
 	const char *fixed;     /* the value when has_arg is 0 */
+	const struct enclos_check *checks; /* ends with a pattern of NULL */
 };
 
-#define ENCLOS_OPTION_COUNT 11
+#define ENCLOS_OPTION_COUNT 12
 
 static const struct enclos_option_row enclos_option_rows[] = {
 	{
 		"container-image", "PATH",
 		"[enclos] run the step in a container made from this image: a squashfs file or a directory on the node",
 		1, "ENCLOS_CONTAINER_IMAGE", "PYXIS_CONTAINER_IMAGE", "image", NULL,
+		enclos_checks_image,
 	},
 	{
 		"container-mounts", "SRC[:DST[:FLAGS]][,...]",
 		"[enclos] show files or directories of the node inside the container; flags are joined by \"+\", e.g. \"ro+noexec\"",
 		1, "ENCLOS_CONTAINER_MOUNTS", "PYXIS_CONTAINER_MOUNTS", "mounts", NULL,
+		enclos_checks_mounts,
 	},
 	{
 		"container-workdir", "PATH",
 		"[enclos] working directory inside the container",
 		1, "ENCLOS_CONTAINER_WORKDIR", "PYXIS_CONTAINER_WORKDIR", "workdir", NULL,
+		enclos_checks_workdir,
 	},
 	{
 		"container-writable", NULL,
 		"[enclos] let the step write to the container's root file system; what it writes is gone at its end",
 		0, "ENCLOS_CONTAINER_WRITABLE", "PYXIS_CONTAINER_WRITABLE", "writable", "1",
+		NULL,
 	},
 	{
 		"container-readonly", NULL,
 		"[enclos] make the container's root file system read-only",
 		0, "ENCLOS_CONTAINER_READONLY", "PYXIS_CONTAINER_READONLY", "readonly", "1",
+		NULL,
 	},
 	{
 		"container-remap-root", NULL,
 		"[enclos] be root inside the container; this gives no rights outside",
 		0, "ENCLOS_CONTAINER_REMAP_ROOT", "PYXIS_CONTAINER_REMAP_ROOT", "remap-root", "1",
+		NULL,
 	},
 	{
 		"no-container-remap-root", NULL,
 		"[enclos] keep your user id inside the container",
 		0, NULL, NULL, "remap-root", "0",
+		NULL,
 	},
 	{
 		"container-mount-home", NULL,
 		"[enclos] mount your home directory inside the container",
 		0, "ENCLOS_CONTAINER_MOUNT_HOME", "PYXIS_CONTAINER_MOUNT_HOME", "mount-home", "1",
+		NULL,
 	},
 	{
 		"no-container-mount-home", NULL,
 		"[enclos] do not mount your home directory inside the container",
 		0, NULL, NULL, "mount-home", "0",
+		NULL,
 	},
 	{
 		"container-env", "NAME[,NAME...]",
 		"[enclos] variables that keep the job's value even if the image sets them",
 		1, "ENCLOS_CONTAINER_ENV", "PYXIS_CONTAINER_ENV", "env", NULL,
+		enclos_checks_env,
+	},
+	{
+		"container-unshare", "net|ipc|uts[,...]",
+		"[enclos] namespaces of the container's own: net leaves it only the loopback interface, ipc and uts every container has",
+		1, "ENCLOS_CONTAINER_UNSHARE", "PYXIS_CONTAINER_UNSHARE", "unshare", NULL,
+		enclos_checks_unshare,
 	},
 	{
 		"container-network", "job|host|none",
 		"[enclos] network of the container: private to this job, the node's, or none",
 		1, "ENCLOS_CONTAINER_NETWORK", NULL, "network", NULL,
+		enclos_checks_network,
 	},
 };
 

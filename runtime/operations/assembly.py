@@ -101,6 +101,31 @@ class Attach:
 
 
 @dataclass(frozen=True, slots=True)
+class Unmount:
+    """Take away what is mounted at a target, as the user asked: his namespace is his, and nothing locked comes off."""
+
+    target: str
+    optional: bool = False
+    option: str = "--container-mounts"
+
+    def describe(self) -> str:
+        return f"unmount {self.target}"
+
+    def execute(self, builder: Builder) -> None:
+        try:
+            fd = rootfs.open_inside(builder.fds["root"], self.target, os.O_PATH | os.O_DIRECTORY)
+            try:
+                os.fchdir(fd)
+                linux.unmount(".")
+            finally:
+                os.chdir("/")
+                os.close(fd)
+        except OSError as error:
+            if not self.optional:
+                raise errors.unmount_failed(self.target, error.errno or 0, self.option) from error
+
+
+@dataclass(frozen=True, slots=True)
 class WriteStaged:
     """Replace a file of the image by what StageText read on the host."""
 

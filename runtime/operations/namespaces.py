@@ -20,8 +20,6 @@ from enclos.runtime.linux import (
 )
 from enclos.runtime.operations.common import NO_NAMESPACES, open_as_user, words
 
-NOT_ALONE = "the source has other mounts below it, which 'bind' would uncover; use 'rbind'"
-
 
 @dataclass(frozen=True, slots=True)
 class BecomeUser:
@@ -115,22 +113,21 @@ class CloneDirectoryImage:
 class CloneSource:
     """Take a mount source, looked up by the user in his own mount namespace, as a detached copy of its tree.
 
-    Cloned there, the mounts below it are locked: he can't unmount one to see what the host hid under it.
-    Propagation is slave: what the host mounts later appears inside, what is mounted inside stays there.
+    Cloned there, the mounts below it are locked: he can't unmount one to see what the host hid under it. They are
+    always part of it, for the same reason. The copy is a slave of the host's mounts, whatever is asked for on top:
+    what the host mounts later appears inside unless it is made private, and what is mounted inside stays there.
     """
 
     name: str
     source: str
     target: str
-    recursive: bool = True
     attributes: int = MOUNT_ATTR_NOSUID | MOUNT_ATTR_NODEV
-    private: bool = False
+    propagation: int = MS_SLAVE
     optional: bool = False
     option: str = "--container-mounts"
 
     def describe(self) -> str:
-        kind = "recursively" if self.recursive else "alone"
-        return f"clone {self.source} {kind} as {self.name} ({self.attributes:#x})"
+        return f"clone {self.source} recursively as {self.name} ({self.attributes:#x})"
 
     def execute(self, builder: Builder) -> None:
         try:
@@ -140,15 +137,10 @@ class CloneSource:
                 return
             raise
         try:
-            mount_fd = builder.keep(self.name, linux.clone_tree("", fd, recursive=self.recursive))
-        except OSError as error:
-            if error.errno == errno.EINVAL and not self.recursive:
-                raise errors.bad_mount_syntax(f"{self.source}:{self.target}", NOT_ALONE) from error
-            raise
+            mount_fd = builder.keep(self.name, linux.clone_tree("", fd))
         finally:
             os.close(fd)
-        propagation = MS_PRIVATE if self.private else MS_SLAVE
-        linux.set_attributes(mount_fd, self.attributes, propagation=propagation, recursive=self.recursive)
+        linux.set_attributes(mount_fd, self.attributes, propagation=self.propagation, recursive=True)
 
     def _open(self) -> int:
         try:

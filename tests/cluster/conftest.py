@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import subprocess
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Protocol
 
 import pytest
@@ -75,6 +76,22 @@ def mpich_image(cluster: Cluster) -> str:
     """
     images.install(cluster.layout.images, "mpich")
     return "/images/mpich.sqsh"
+
+
+@pytest.fixture(scope="session")
+def box(cluster: Cluster, image: str) -> Path:
+    """An image with everything odd in it, as a folder and as a file: both root's."""
+    from boxes import make_box
+
+    return make_box(cluster.layout.images)
+
+
+@pytest.fixture(scope="session")
+def shared(cluster: Cluster) -> Path:
+    """Files that are mounted, in the folder that is everybody's to write."""
+    from boxes import fill_shared
+
+    return fill_shared(cluster.layout.shared)
 
 
 def _run_as(cluster: Cluster, user: str) -> Run:

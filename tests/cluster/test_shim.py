@@ -20,6 +20,7 @@ from pathlib import Path
 import pytest
 from enclos.runtime import protocol
 from enclos.runtime.cluster.cluster import Cluster
+from enclos.runtime.settings import OPTIONS
 
 pytestmark = pytest.mark.cluster
 
@@ -189,7 +190,7 @@ def listening(cluster: Cluster, answer: Sequence[tuple[str, str]] | None = tuple
 @pytest.mark.parametrize(
     ("options", "line"),
     [
-        (["--container-image="], "--container-image=: value is empty"),
+        (["--container-image="], "--container-image=: argument required"),
         (["--container-network=job"], "--container-network=job: needs --container-image"),
         (["--container-writable"], "--container-writable: needs --container-image"),
         (
@@ -206,21 +207,24 @@ def listening(cluster: Cluster, answer: Sequence[tuple[str, str]] | None = tuple
         ),
         (
             ["--container-image=/x", "--container-mounts=/a:b"],
-            "--container-mounts=/a:b: mount target is not an absolute path",
+            "--container-mounts=/a:b: mount target must be an absolute path",
         ),
         (
             ["--container-image=/x", "--container-mounts=/a:/b,"],
-            "--container-mounts=/a:/b,: empty mount (expected SRC:DST[:FLAGS])",
+            "--container-mounts=/a:/b,: invalid format: mount without a source (expected SRC:DST[:FLAGS])",
         ),
         (
             ["--container-image=/x", "--container-mounts=:/b"],
-            "--container-mounts=:/b: mount without a source (expected SRC:DST[:FLAGS])",
+            "--container-mounts=:/b: invalid format: mount without a source (expected SRC:DST[:FLAGS])",
         ),
         (
             ["--container-image=/x", "--container-mounts=/a:/b", "--container-mounts=/c:/d"],
             "--container-mounts: specified multiple times; separate several mounts by commas",
         ),
-        (["--container-image=/x", "--container-workdir=home"], "--container-workdir=home: not an absolute path"),
+        (
+            ["--container-image=/x", "--container-unshare=net,foo"],
+            "--container-unshare=net,foo: unknown namespace (net, ipc or uts)",
+        ),
     ],
 )
 @pytest.mark.parametrize("word", ["required", "optional"])
@@ -353,6 +357,28 @@ def test_variables_count_less_than_options(cluster: Cluster) -> None:
     first = {"step": "0", "image": "/pyxis", "workdir": "/ours", "remap-root": "0", "readonly": "1"}
     second = {"step": "0", "image": "/own", "workdir": "/ours", "remap-root": "0", "writable": "1"}
     assert listener.steps() == [first, second]
+
+
+@pytest.mark.parametrize("prefix", ["ENCLOS", "PYXIS"])
+def test_each_option_has_its_variables(cluster: Cluster, prefix: str) -> None:
+    """Each row's variable reaches the agent as the option does, and the option itself counts more."""
+    values = {"image": "/v", "mounts": "/v:/v", "workdir": "/v", "env": "V", "unshare": "ipc", "network": "none"}
+    rows = [row for row in OPTIONS if (row.env if prefix == "ENCLOS" else row.pyxis_env) and row.key != "readonly"]
+    assert {row.key for row in rows if row.arginfo} <= set(values)
+    variables = {f"{prefix}_CONTAINER_{row.key.upper().replace('-', '_')}": values.get(row.key, "1") for row in rows}
+    own = {"image": "/o", "mounts": "/o:/o", "workdir": "/o", "env": "O", "unshare": "uts", "network": "host"}
+    words = [f"--{row.name}={own[row.key]}" for row in rows if row.arginfo]
+    words += [f"--no-{row.name}" for row in rows if any(other.name == f"no-{row.name}" for other in OPTIONS)]
+    with listening(cluster) as listener:
+        srun(cluster, "-wn1", "true", **variables)
+        srun(cluster, "-wn1", *words, "--container-readonly", "true", **variables)
+    flags = {row.key: "1" for row in rows if not row.arginfo}
+    texts = {row.key: values[row.key] for row in rows if row.arginfo}
+    assert listener.steps()[0] == {"step": "0", **texts, **flags}
+    negated = {row.key: "0" for row in rows if f"--no-{row.name}" in words}
+    wanted = {"step": "0", "readonly": "1", **{row.key: own[row.key] for row in rows if row.arginfo}}
+    wanted |= {key: value for key, value in {**flags, **negated}.items() if key != "writable"}
+    assert listener.steps()[1] == wanted
 
 
 def test_batch_script_is_put_into_the_container(cluster: Cluster) -> None:

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 
 def bind(source: str, target: str, text: str, **others: object) -> Mount:
-    fields = {"kind": "bind", "read_only": None, "recursive": True, "options": (), **others}
+    fields = {"kind": "bind", "read_only": None, "options": (), **others}
     return Mount(source=source, target=target, text=text, **fields)  # type: ignore[arg-type]
 
 
@@ -22,7 +22,7 @@ def bind(source: str, target: str, text: str, **others: object) -> Mount:
         ("/data", [bind("/data", "/data", "/data")]),
         ("/a:/b", [bind("/a", "/b", "/a:/b")]),
         ("/a:/b:ro", [bind("/a", "/b", "/a:/b:ro", read_only=True)]),
-        ("/a:/b:rw+bind", [bind("/a", "/b", "/a:/b:rw+bind", read_only=False, recursive=False)]),
+        ("/a:/b:rw+bind", [bind("/a", "/b", "/a:/b:rw+bind", read_only=False)]),
         ("/a:/b:", [bind("/a", "/b", "/a:/b:")]),
         (
             "/a:/b:ro+noexec+rprivate,/c",
@@ -38,10 +38,17 @@ def bind(source: str, target: str, text: str, **others: object) -> Mount:
         ("./in", [bind("/home/u/in", "/home/u/in", "./in")]),
         (".:/work", [bind("/home/u", "/work", ".:/work")]),
         ("../x:/x", [bind("/home/u/../x", "/x", "../x:/x")]),
-        ("tmpfs:/scratch", [Mount("", "/scratch", "tmpfs", None, False, (), "tmpfs:/scratch")]),
+        (
+            "/a:/b:suid+dev+defaults+rbind+unbindable",
+            [bind("/a", "/b", "/a:/b:suid+dev+defaults+rbind+unbindable", options=("unbindable",))],
+        ),
+        ("/a:./b", [bind("/a", "/b", "/a:./b")]),
+        ("umount:/x", [Mount("", "/x", "umount", None, (), "umount:/x")]),
+        ("devpts:/dev/pts", [Mount("", "/dev/pts", "devpts", None, (), "devpts:/dev/pts")]),
+        ("tmpfs:/scratch", [Mount("", "/scratch", "tmpfs", None, (), "tmpfs:/scratch")]),
         (
             "tmpfs:/s:size=1G+mode=700",
-            [Mount("", "/s", "tmpfs", None, False, ("size=1G", "mode=700"), "tmpfs:/s:size=1G+mode=700")],
+            [Mount("", "/s", "tmpfs", None, ("size=1G", "mode=700"), "tmpfs:/s:size=1G+mode=700")],
         ),
     ],
 )
@@ -64,16 +71,16 @@ def test_parses(text: str, mounts: list[Mount]) -> None:
         ("/a:/b:read-only", "unknown flag 'read-only'"),
         ("/a:/b:ro+", "empty flag"),
         ("/a:/b:ro+rw", "ro and rw together"),
-        ("/a:/b:bind+rbind", "bind and rbind together"),
         ("/a:/b:private+slave", "private and slave together"),
-        ("/a:/b:suid", "not possible"),
-        ("/a:/b:shared", "not possible"),
+        ("/a:../b", "Cross-device link"),
+        ("/a:/b:private+shared", "private and shared together"),
         ("/a:/b:size=1G", "unknown flag"),
         ("tmpfs", "tmpfs needs a target"),
         ("tmpfs:/t:size=lots", "unknown flag"),
         ("tmpfs:/t:size=1G+size=2G", "together"),
-        ("tmpfs:/t:rbind", "unknown flag"),
-        ("umount:/x", "umount is not supported"),
+        ("umount", "umount needs a target"),
+        ("devpts", "devpts needs a target"),
+        ("devpts:/dev/pts:size=1G", "unknown flag"),
         ("/a\\b", "backslash"),
         ("/a\\", "backslash"),
         ("/" + "x" * 4096, "longer than"),
