@@ -1,0 +1,147 @@
+"""A layer's blob as the importer reads it: decompressed as a stream, and compared with its digest at the end.
+
+gzip (of several members too), zstd and plain tar, told apart by their first bytes: media types in manifests are often
+wrong. Runs in the importer, on bytes that a user chose.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import subprocess
+import threading
+import zlib
+
+GZIP = b"\x1f\x8b"
+ZSTD = b"\x28\xb5\x2f\xfd"
+CHUNK = 1 << 18
+ZSTD_COMMAND = ("zstd", "-dcq", "--no-check", "--memory=128MB")
+
+
+class BadBlob(ValueError):
+    """The blob is damaged, or not what its digest says."""
+
+
+class Blob:
+    """One blob, read from its start; `read` is what tar.Reader wants. `finish` has to be called."""
+
+    def __init__(self, fd: int, digest: str = "") -> None:
+        """Takes over the descriptor. `digest` is `sha256:HEX` of the blob's bytes, "" for one that is not checked."""
+        self._fd = fd
+        self._digest = digest
+        self._hash = hashlib.sha256()
+        self._buffer = b""
+        self._at = 0
+        self._gzip: zlib._Decompress | None = None
+        self._zstd: subprocess.Popen[bytes] | None = None
+        self._feeder: threading.Thread | None = None
+        os.lseek(fd, 0, os.SEEK_SET)
+        magic = os.pread(fd, 4, 0)
+        if magic[:2] == GZIP:
+            self._gzip = zlib.decompressobj(31)
+        elif magic == ZSTD:
+            self._start_zstd()
+
+    def read(self, count: int) -> bytes:
+        """Up to `count` bytes of the decompressed layer; b"" at its end. Raises BadBlob."""
+        if self._at >= len(self._buffer):
+            self._buffer, self._at = self._more(), 0
+        data = self._buffer[self._at : self._at + count]
+        self._at += len(data)
+        return data
+
+    def finish(self) -> None:
+        """Read the rest, compare the digest, and close. Raises BadBlob."""
+        try:
+            if self._zstd is None:
+                while self._raw():
+                    pass
+            else:
+                self._finish_zstd(self._zstd)
+        finally:
+            self.close()
+        if self._digest and self._digest != f"sha256:{self._hash.hexdigest()}":
+            raise BadBlob("it does not match its digest")
+
+    def close(self) -> None:
+        if self._zstd is not None:
+            self._zstd.kill()
+            self._zstd.wait()
+            if self._zstd.stdout is not None:
+                self._zstd.stdout.close()
+            if self._feeder is not None:
+                self._feeder.join()
+            self._zstd = None
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
+
+    def _raw(self) -> bytes:
+        data = os.read(self._fd, CHUNK)
+        self._hash.update(data)
+        return data
+
+    def _more(self) -> bytes:
+        if self._gzip is not None:
+            return self._inflate(self._gzip)
+        if self._zstd is not None:
+            assert self._zstd.stdout is not None
+            data = os.read(self._zstd.stdout.fileno(), CHUNK)
+            if not data and self._zstd.wait() != 0:
+                raise BadBlob("its zstd stream is damaged")
+            return data
+        return self._raw()
+
+    def _inflate(self, stream: zlib._Decompress) -> bytes:
+        """The next piece of at most CHUNK bytes, however much the input would give."""
+        while True:
+            if stream.eof:
+                rest = stream.unused_data or self._raw()
+                if rest[:2] != GZIP:
+                    return b""  # Zeros, or what gzip calls "trailing garbage, ignored".
+                stream = self._gzip = zlib.decompressobj(31)
+                source = rest
+            else:
+                source = stream.unconsumed_tail or self._raw()
+                if not source:
+                    raise BadBlob("its gzip stream ends too early")
+            try:
+                data = stream.decompress(source, CHUNK)
+            except zlib.error as error:
+                raise BadBlob("its gzip stream is damaged") from error
+            if data:
+                return data
+
+    # --- zstd: Python has none before 3.14, so its program decompresses -----------------------------------------
+
+    def _start_zstd(self) -> None:
+        try:
+            self._zstd = subprocess.Popen(
+                ZSTD_COMMAND, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
+            )
+        except FileNotFoundError as error:
+            raise BadBlob("it is compressed with zstd, and the program zstd is not installed") from error
+        self._feeder = threading.Thread(target=self._feed, args=(self._zstd,), daemon=True)
+        self._feeder.start()
+
+    def _feed(self, process: subprocess.Popen[bytes]) -> None:
+        assert process.stdin is not None
+        alive = True
+        while data := self._raw():
+            if alive:
+                try:
+                    process.stdin.write(data)
+                except OSError:
+                    alive = False  # The rest is read for its digest.
+        try:
+            process.stdin.close()
+        except OSError:
+            return
+
+    def _finish_zstd(self, process: subprocess.Popen[bytes]) -> None:
+        assert process.stdout is not None and self._feeder is not None
+        while os.read(process.stdout.fileno(), CHUNK):
+            pass
+        self._feeder.join()
+        if process.wait() != 0:
+            raise BadBlob("its zstd stream is damaged")

@@ -1,0 +1,300 @@
+"""The merge of layers against umoci: the same tree, merged whole and as squashfs files under an overlay."""
+
+from __future__ import annotations
+
+import io
+import itertools
+import os
+import subprocess
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+
+import pytest
+from enclos.runtime.images import convert
+from enclos.runtime.images.convert import Layer, Packing
+from enclos.runtime.images.flatten import LAYER_BITS, BadLayer, Directory, Limits, NeedsBase, TooLarge, Tree
+from enclos.runtime.images.tar import BadArchive, Reader
+from hypothesis import HealthCheck, assume, given, settings
+from hypothesis import strategies as st
+from layers import Entry, Listing, compressed, layer, listing, umoci_unpack, write_layout
+
+pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="needs root")
+
+PACKING = Packing("zstd", 1, 131072)
+LIMITS = Limits(10_000, 1 << 30)
+
+
+def pack(layers: Sequence[bytes], path: Path, *, lowest: bool = True, limits: Limits = LIMITS) -> None:
+    with ExitStack() as stack:
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        opened = []
+        for index, data in enumerate(layers):
+            (folder / str(index)).write_bytes(data)
+            opened.append(Layer(convert.open_path(str(folder / str(index)))))
+        convert.pack(opened, lowest, limits, PACKING, str(path))
+
+
+@contextmanager
+def mounted(parts: Sequence[Path], folder: Path) -> Iterator[Path]:
+    """The parts, lowest first, as a container sees them: each a squashfs mount, above them an overlay."""
+    with ExitStack() as stack:
+        lowers = []
+        for index, part in enumerate(parts):
+            lower = folder / f"lower{index}"
+            lower.mkdir()
+            subprocess.run(["mount", "-t", "squashfs", "-o", "loop,ro", str(part), str(lower)], check=True)
+            stack.callback(subprocess.run, ["umount", str(lower)], check=True)
+            lowers.insert(0, str(lower))
+        if len(lowers) == 1:
+            yield Path(lowers[0])
+            return
+        root = folder / "root"
+        root.mkdir()
+        options = f"ro,userxattr,lowerdir={':'.join(lowers)}"
+        subprocess.run(["mount", "-t", "overlay", "-o", options, "overlay", str(root)], check=True)
+        stack.callback(subprocess.run, ["umount", str(root)], check=True)
+        yield root
+
+
+def ours(layers: Sequence[bytes], splits: Sequence[int] = ()) -> Listing:
+    """The tree that our parts make; layers from each split on go into a file of their own."""
+    borders = [0, *splits, len(layers)]
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        parts = []
+        for index, (begin, end) in enumerate(itertools.pairwise(borders)):
+            parts.append(folder / f"{index}.sqsh")
+            pack(layers[begin:end], parts[-1], lowest=begin == 0)
+        with mounted(parts, folder) as root:
+            return listing(root)
+
+
+def theirs(layers: Sequence[bytes]) -> Listing:
+    with tempfile.TemporaryDirectory() as name:
+        write_layout(Path(name, "layout"), layers, compression="")
+        return listing(umoci_unpack(Path(name, "layout"), Path(name, "bundle")))
+
+
+NAMES = st.sampled_from(["a", "b", "c"])
+PATHS = st.lists(NAMES, min_size=1, max_size=3).map("/".join)
+TARGETS = PATHS | st.sampled_from(["/a", "/a/b", "../b", "b", ".", "/"])
+
+
+@st.composite
+def entries(draw: st.DrawFn) -> Entry:
+    path = draw(PATHS)
+    kind = draw(st.sampled_from(["file", "file", "dir", "dir", "dir", "symlink", "link", "whiteout", "opaque", "fifo"]))
+    if kind == "whiteout":
+        head, _, tail = path.rpartition("/")
+        return Entry(f"{head}/.wh.{tail}".lstrip("/"))
+    if kind == "opaque":
+        return Entry(f"{path}/.wh..wh..opq")
+    mode = draw(st.sampled_from([0o644, 0o755, 0o4755, 0o2775, 0o1777, 0o600]))
+    data = draw(st.binary(max_size=8)) if kind == "file" else b""
+    target = draw(TARGETS) if kind == "symlink" else draw(PATHS)
+    return Entry(path, kind, data, target if kind in ("symlink", "link") else "", mode)
+
+
+def declared(made: Sequence[Entry]) -> list[Entry]:
+    """As docker writes layers: every directory before what is in it."""
+    seen: set[str] = set()
+    result = []
+    for entry in made:
+        parts = entry.name.split("/")[:-1]
+        for end in range(1, len(parts) + 1):
+            parent = "/".join(parts[:end])
+            if parent not in seen:
+                result.append(Entry(parent, "dir", mode=0o755))
+                seen.add(parent)
+        if entry.kind == "dir":
+            seen.add(entry.name)
+        result.append(entry)
+    return result
+
+
+def deletes_only_what_may_be_there(stack: Sequence[Sequence[Entry]]) -> bool:
+    """Whether each whiteout is in a directory that a layer below it has, as with every program that makes layers.
+
+    An overlay would list other whiteouts: of names that cannot be opened.
+    """
+    tree = Tree(lowest=True)
+    for index, made in enumerate(stack):
+        whiteouts = [os.path.dirname(entry.name) for entry in made if "/.wh." in entry.name]
+        if not all(isinstance(tree.find(parent.encode()), Directory) for parent in whiteouts):
+            return False
+        tree.begin(index)
+        for number, member in enumerate(Reader(io.BytesIO(layer(made)).read), index << LAYER_BITS):
+            try:
+                tree.add(number, member)
+            except BadLayer:
+                return False
+    return True
+
+
+STACKS = st.lists(st.lists(entries(), max_size=6), min_size=1, max_size=4)
+THOROUGH = settings(max_examples=120, deadline=None, suppress_health_check=list(HealthCheck))
+
+
+@given(STACKS, st.booleans())
+@THOROUGH
+def test_a_merged_image_has_umocis_tree(stack: list[list[Entry]], cut: bool) -> None:
+    layers = [layer(made, cut=cut) for made in stack]
+    try:
+        wanted = theirs(layers)
+    except subprocess.CalledProcessError:
+        wanted = None
+    try:
+        found = ours(layers)
+    except BadLayer:
+        # We refuse what leads out of the image, where umoci stops at its root; and what umoci can't unpack.
+        return
+    assert wanted is not None, "umoci refuses these layers"
+    assert found == wanted
+
+
+@given(STACKS, st.data())
+@THOROUGH
+def test_parts_under_an_overlay_have_umocis_tree(stack: list[list[Entry]], data: st.DataObject) -> None:
+    stack = [declared(made) for made in stack]
+    assume(deletes_only_what_may_be_there(stack))
+    layers = [layer(made) for made in stack]
+    splits = sorted(data.draw(st.sets(st.integers(1, len(layers) - 1)))) if len(layers) > 1 else []
+    try:
+        found = ours(layers, splits)
+        wanted = theirs(layers)
+    except (BadLayer, NeedsBase, subprocess.CalledProcessError):
+        return
+    assert found == wanted
+
+
+ETC = [Entry("etc", "dir", mode=0o755)]
+
+
+def test_all_that_a_layer_can_do() -> None:
+    """One example of everything, so that a generator that finds nothing cannot hide it."""
+    lower = [
+        *ETC,
+        Entry("etc/gone", data=b"1"),
+        Entry("etc/kept", data=b"2"),
+        Entry("etc/same", "link", target="etc/kept"),
+        Entry("opaque", "dir", mode=0o700),
+        Entry("opaque/old"),
+        Entry("replaced", "dir"),
+        Entry("replaced/old"),
+        Entry("long" * 60 + "/" + "name" * 60),
+        Entry("lib", "symlink", target="usr/lib"),
+        Entry("suid", mode=0o4755),
+        Entry("tmp", "dir", mode=0o1777),
+    ]
+    upper = [
+        *ETC,
+        Entry("etc/.wh.gone"),
+        Entry("opaque", "dir", mode=0o755),
+        Entry("opaque/new"),
+        Entry("opaque/.wh..wh..opq"),
+        Entry("replaced", data=b"a file now"),
+        Entry("null", "char"),
+    ]
+    layers = [layer(lower), layer(upper, cut=True)]
+    found = ours(layers)
+    assert found == ours(layers, [1]) == theirs(layers)
+    assert "etc/gone" not in found and "opaque/old" not in found and "null" not in found
+    assert found["replaced"][2] == b"a file now"
+    assert found["etc/same"][2:] == found["etc/kept"][2:]
+    assert found["suid"][1] == 0o755 and found["tmp"][1] == 0o1777
+
+
+@pytest.mark.parametrize("compression", ["", "gzip", "zstd"])
+def test_each_compression(tmp_path: Path, compression: str) -> None:
+    pack([compressed(layer([Entry("f", data=b"x" * 100_000)]), compression)], tmp_path / "out")
+    with mounted([tmp_path / "out"], tmp_path) as root:
+        assert (root / "f").read_bytes() == b"x" * 100_000
+
+
+def test_what_is_dropped(tmp_path: Path) -> None:
+    """Rights and an overlay's orders do not survive; a user's own xattrs do, and everything is 0:0."""
+    xattrs = {
+        "user.note": "kept",
+        "user.overlay.opaque": "y",
+        "user.overlay.redirect": "/etc",
+        "trusted.overlay.opaque": "y",
+        "security.capability": "\x01",
+        "system.posix_acl_access": "x",
+    }
+    made = [Entry("d", "dir", xattrs=xattrs), Entry("d/f", mode=0o6755, xattrs=xattrs), Entry("dev", "char")]
+    pack([layer(made)], tmp_path / "out")
+    with mounted([tmp_path / "out"], tmp_path) as root:
+        assert os.listxattr(root / "d") == os.listxattr(root / "d/f") == ["user.note"]
+        assert os.stat(root / "d/f").st_mode & 0o7777 == 0o755
+        assert (os.stat(root / "d").st_uid, os.stat(root / "d").st_gid) == (0, 0)
+        assert sorted(os.listdir(root)) == ["d"]
+
+
+@pytest.mark.parametrize("gnu", ["gnu", "posix --sparse-version=0.1", "posix --sparse-version=1.0"])
+def test_sparse_files_of_gnu_tar(tmp_path: Path, gnu: str) -> None:
+    with open(tmp_path / "sparse", "wb") as file:
+        for at in (0, 1 << 20, 3 << 20, 5 << 20, 8 << 20, 12 << 20):
+            file.seek(at)
+            file.write(b"data at %d" % at)
+        file.truncate(20 << 20)
+    command = ["tar", "-C", str(tmp_path), "--sparse", f"--format={gnu.split()[0]}", *gnu.split()[1:], "-c", "sparse"]
+    archive = subprocess.run(command, capture_output=True, check=True).stdout
+    assert len(archive) < 1 << 20, "tar did not see the holes"
+    pack([archive], tmp_path / "out")
+    with mounted([tmp_path / "out"], tmp_path) as root:
+        assert (root / "sparse").read_bytes() == (tmp_path / "sparse").read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("made", "words"),
+    [
+        ([Entry("../etc/passwd")], "the member ../etc/passwd has '..' in its path"),
+        ([Entry("a/../../b")], "the member a/../../b has '..' in its path"),
+        ([Entry("/etc/passwd")], "the member /etc/passwd has an absolute path"),
+        (
+            [Entry("out", "symlink", target="../../etc"), Entry("out/passwd")],
+            "a member that leads out of the image through a symlink (out)",
+        ),
+        ([Entry("h", "link", target="../../etc/shadow")], "the target of the hard link h has '..' in its path"),
+        ([Entry("h", "link", target="/etc/shadow")], "the target of the hard link h has an absolute path"),
+        ([Entry("h", "link", target="nothing")], "a hard link to a file that is not there (h)"),
+        ([*ETC, Entry("h", "link", target="etc")], "a hard link to a directory (h)"),
+        ([Entry("f"), Entry("f/g")], "a member below a file that is no directory (f)"),
+        ([Entry("x" * 256)], "the member " + "x" * 100 + "… has a name longer than 255 bytes"),
+        ([Entry("l", "symlink", target="l"), Entry("l/f")], "symlinks that lead in a circle (l)"),
+        ([Entry(".", "symlink", target="/etc")], "the root directory is no directory"),
+    ],
+)
+def test_what_is_refused(tmp_path: Path, made: list[Entry], words: str) -> None:
+    with pytest.raises(BadLayer) as caught:
+        pack([layer(made)], tmp_path / "out")
+    assert str(caught.value) == words
+
+
+def test_an_absolute_symlink_stays_inside(tmp_path: Path) -> None:
+    """`out/passwd` through `out -> /etc` is the image's own /etc/passwd."""
+    pack([layer([Entry("out", "symlink", target="/etc"), Entry("out/passwd", data=b"image's")])], tmp_path / "o")
+    with mounted([tmp_path / "o"], tmp_path) as root:
+        assert (root / "etc/passwd").read_bytes() == b"image's"
+        assert os.readlink(root / "out") == "/etc"
+
+
+CUT = layer([Entry("f", data=b"x" * 2000)])[:1000]
+
+
+@pytest.mark.parametrize("data", [b"hello", b"\0" * 100, os.urandom(4096), CUT])
+def test_what_is_no_archive(tmp_path: Path, data: bytes) -> None:
+    with pytest.raises(BadArchive):
+        pack([data], tmp_path / "out")
+
+
+def test_limits(tmp_path: Path) -> None:
+    many = layer([Entry(f"f{i}") for i in range(11)])
+    with pytest.raises(TooLarge, match="more than 10 files"):
+        pack([many], tmp_path / "out", limits=Limits(10, 1 << 30))
+    bomb = compressed(layer([Entry("zeros", data=bytes(50 << 20))]), "gzip")
+    assert len(bomb) < 1 << 20
+    with pytest.raises(TooLarge, match="more than 1048576 bytes unpacked"):
+        pack([bomb], tmp_path / "out", limits=Limits(10, 1 << 20))
