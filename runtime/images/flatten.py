@@ -151,7 +151,8 @@ class Tree:
         Args:
             create: make what is missing; else the result may be None.
         """
-        here, place, stack = self.root, [], [self.root]
+        here, stack = self.root, [self.root]
+        place: list[bytes] = []
         todo = list(reversed(parts))
         links = 0
         if create:

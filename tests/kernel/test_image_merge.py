@@ -40,7 +40,7 @@ def pack(layers: Sequence[bytes], path: Path, *, lowest: bool = True, limits: Li
 def mounted(parts: Sequence[Path], folder: Path) -> Iterator[Path]:
     """The parts, lowest first, as a container sees them: each a squashfs mount, above them an overlay."""
     with ExitStack() as stack:
-        lowers = []
+        lowers: list[str] = []
         for index, part in enumerate(parts):
             lower = folder / f"lower{index}"
             lower.mkdir()
