@@ -39,7 +39,7 @@ TEXT_CHARACTERS = 2000
 COLLECT_STEPS = 32
 
 # Parts of the reply to JOIN, in the order in which the shim needs them.
-DESCRIPTOR_ORDER = ("net", "user", "mnt", "ipc", "uts", "seccomp")
+DESCRIPTOR_ORDER = ("net", "user", "mnt", "ipc", "uts", "seccomp", "entrypoint")
 
 
 class Agent:

@@ -59,6 +59,7 @@ class NodeStep(Step):
         self.container: Container | None = None
         self._net_fd = -1
         self._seccomp_fd = -1
+        self._entrypoint_fd = -1
         self._relay: Child | None = None
         self._notices: list[str] = []
         self.ready: asyncio.Task[JoinReply] | None = None
@@ -265,9 +266,21 @@ class NodeStep(Step):
             if not self._decision.mount_home:
                 fields.append(("set", "HOME=/root"))
         fields += self._environment()
+        fields += self._entrypoint(fds)
         notices = (*self._notices, *self.container.warnings)
         fields += [("notice", errors.printable(text[:NOTICE_CHARACTERS])) for text in notices]
         return JoinReply(fields, fds)
+
+    def _entrypoint(self, fds: dict[str, int]) -> list[tuple[str, str]]:
+        """The entrypoint's words, and what the tasks share: the first one runs it, all take over what it changed."""
+        assert self.container is not None
+        if not self.container.entrypoint:
+            return []
+        if self._entrypoint_fd < 0:
+            self._entrypoint_fd = os.memfd_create("enclos-entrypoint", os.MFD_CLOEXEC)
+        fds["entrypoint"] = self._entrypoint_fd
+        log_wanted = [("entrypoint_log", "1")] if self.request.entrypoint_log else []
+        return [*(("entrypoint", word) for word in self.container.entrypoint), *log_wanted]
 
     def _seccomp(self) -> int:
         if self._seccomp_fd < 0:
@@ -311,10 +324,10 @@ class NodeStep(Step):
         if self.container is not None:
             self.container.abandon()
             self.container = None
-        for fd in (self._net_fd, self._seccomp_fd):
+        for fd in (self._net_fd, self._seccomp_fd, self._entrypoint_fd):
             if fd >= 0:
                 os.close(fd)
-        self._seccomp_fd = self._net_fd = -1
+        self._entrypoint_fd = self._seccomp_fd = self._net_fd = -1
         if self.network != "job":
             self._drop_relay()
 

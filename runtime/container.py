@@ -33,6 +33,7 @@ class Container:
         self._mapped = False
         self.namespaces: dict[str, int] = {}
         self.environment: list[str] = []
+        self.entrypoint: list[str] = []
         self.warnings: list[str] = []
         self.timings: list[tuple[str, float]] = []
         self.marks: list[tuple[str, float]] = []
@@ -175,6 +176,7 @@ class Container:
 
     def _take_results(self, message: Message) -> None:
         self.environment += message.all("env")
+        self.entrypoint += message.all("entrypoint")
         self.warnings += message.all("warning")
         for text in message.all("timing"):
             name, _, ms = text.partition(" ")

@@ -120,6 +120,8 @@ def _early(
     yield op.Attach("shm", "/dev/shm")
     yield op.MountInside("mqueue", "/dev/mqueue", (), KERNEL_FS)
     yield op.ReadImageEnvironment()
+    if decision.entrypoint:
+        yield op.FindEntrypoint()
     yield op.WriteAccounts(home, decision.remap_root)
     yield op.WriteStaged("/etc/resolv.conf", "resolv.conf")
     yield op.WriteStaged("/etc/hosts", "hosts")

@@ -23,6 +23,7 @@ class Decision:
     writable: bool
     remap_root: bool
     mount_home: bool
+    entrypoint: bool
     site_mounts: tuple[Mount, ...]
     user_mounts: tuple[Mount, ...]
 
@@ -44,6 +45,7 @@ def decide(request: StepRequest, config: Config) -> Decision:
         writable=_wish(request.writable, config.rootfs.writable),
         remap_root=_wish(request.remap_root, config.rootfs.remap_root),
         mount_home=_wish(request.mount_home, config.mounts.home),
+        entrypoint=_wish(request.entrypoint, config.step.entrypoint),
         site_mounts=site_mounts(config),
         user_mounts=request.mounts,
     )

@@ -35,7 +35,7 @@ Fields = Mapping[str, Sequence[str]]
 class StepRequest:
     """What slurmstepd says about a step and what its user asks for.
 
-    `network` is "" and the three flags are None where the user said nothing; policy.decide()
+    `network` is "" and the flags are None where the user said nothing; policy.decide()
     puts the site's choice there. `image` is as typed; image_path() makes a path of it.
     """
 
@@ -57,6 +57,8 @@ class StepRequest:
     writable: bool | None
     remap_root: bool | None
     mount_home: bool | None
+    entrypoint: bool | None
+    entrypoint_log: bool
     environment: tuple[str, ...]
     interface_variables: Mapping[str, str]
 
@@ -108,6 +110,8 @@ def parse(fields: Fields) -> StepRequest:
         writable=_writable(fields),
         remap_root=_flag(fields, "remap-root"),
         mount_home=_flag(fields, "mount-home"),
+        entrypoint=_flag(fields, "entrypoint"),
+        entrypoint_log=_flag(fields, "entrypoint-log") is True,
         environment=_environment(fields),
         interface_variables=_interface_variables(fields),
     )

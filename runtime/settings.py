@@ -64,6 +64,12 @@ class Step:
         "Seconds that the making of a container may take. A builder that takes longer is ended and tried "
         "once more; then the step fails with a message.",
     )
+    entrypoint: bool = setting(
+        False,
+        Flag(),
+        "Run an image's entrypoint before the tasks when the user gives neither --container-entrypoint nor "
+        "--no-container-entrypoint.",
+    )
     allow_root: bool = setting(
         False,
         Flag(),
@@ -347,6 +353,14 @@ OPTIONS: tuple[Option, ...] = (
     option(
         "no-mount-home", "", "do not mount your home directory inside the container", fixed="0", twin=False
     ),
+    option(
+        "entrypoint",
+        "",
+        "run the image's entrypoint, once per node and before the tasks, which get the environment it makes",
+        fixed="1",
+    ),
+    option("no-entrypoint", "", "do not run the image's entrypoint", fixed="0", twin=False),
+    option("entrypoint-log", "", "show on standard error what the entrypoint prints", fixed="1"),
     option(
         "env",
         "NAME[,NAME...]",

@@ -219,6 +219,9 @@ int slurm_spank_task_init(spank_t spank, int count, char *words[])
 	if (!join_confine(&step.join))
 		report_exit(1);
 	taskprolog_apply(spank);
+	status = entrypoint_run(&step.join, spank);
+	if (status != 0)
+		report_exit(status);
 	if (!join_find_command(spank))
 		report_exit(127);
 	return 0;

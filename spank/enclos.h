@@ -56,6 +56,7 @@ void report_exit(int status) __attribute__((noreturn));
 struct join {
 	struct wire_in *reply; /* NULL until the agent has answered ok */
 	int user_fd, mnt_fd, ipc_fd, uts_fd;
+	int entrypoint_fd; /* what the tasks share of the entrypoint's run; -1: none is run */
 	void *filter; /* seccomp program: array of struct sock_filter */
 	size_t filter_bytes;
 };
@@ -66,6 +67,9 @@ void join_environment(struct join *join, spank_t spank);
 bool join_container(struct join *join);
 bool join_confine(struct join *join);
 bool join_find_command(spank_t spank);
+
+/* entrypoint.c: the image's entrypoint, run by the first task of the node */
+int entrypoint_run(struct join *join, spank_t spank);
 
 /* taskprolog.c: the site's TaskProlog, run outside the container */
 void taskprolog_arm(void);

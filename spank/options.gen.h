@@ -63,7 +63,7 @@ struct enclos_option_row {
 	const struct enclos_check *checks; /* ends with a pattern of NULL */
 };
 
-#define ENCLOS_OPTION_COUNT 12
+#define ENCLOS_OPTION_COUNT 15
 
 static const struct enclos_option_row enclos_option_rows[] = {
 	{
@@ -118,6 +118,24 @@ static const struct enclos_option_row enclos_option_rows[] = {
 		"no-container-mount-home", NULL,
 		"[enclos] do not mount your home directory inside the container",
 		0, NULL, NULL, "mount-home", "0",
+		NULL,
+	},
+	{
+		"container-entrypoint", NULL,
+		"[enclos] run the image's entrypoint, once per node and before the tasks, which get the environment it makes",
+		0, "ENCLOS_CONTAINER_ENTRYPOINT", "PYXIS_CONTAINER_ENTRYPOINT", "entrypoint", "1",
+		NULL,
+	},
+	{
+		"no-container-entrypoint", NULL,
+		"[enclos] do not run the image's entrypoint",
+		0, NULL, NULL, "entrypoint", "0",
+		NULL,
+	},
+	{
+		"container-entrypoint-log", NULL,
+		"[enclos] show on standard error what the entrypoint prints",
+		0, "ENCLOS_CONTAINER_ENTRYPOINT_LOG", "PYXIS_CONTAINER_ENTRYPOINT_LOG", "entrypoint-log", "1",
 		NULL,
 	},
 	{

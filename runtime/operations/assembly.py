@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import stat
 import sys
 from contextlib import suppress
 from dataclasses import dataclass
@@ -195,6 +196,30 @@ class ReadImageEnvironment:
     def execute(self, builder: Builder) -> None:
         for name, value in environment.parse_etc_environment(rootfs.read_file(builder.fds["root"], "/etc/environment")):
             builder.results.append(("env", f"{name}={value}"))
+
+
+@dataclass(frozen=True, slots=True)
+class FindEntrypoint:
+    """Report the words with which the image's entrypoint starts; none if it has none.
+
+    In enroot's images it is the script /etc/rc, which executes its arguments at its end.
+    """
+
+    def describe(self) -> str:
+        return "find the entrypoint of the image"
+
+    def execute(self, builder: Builder) -> None:
+        try:
+            fd = rootfs.open_inside(builder.fds["root"], "/etc/rc", os.O_PATH)
+        except OSError:
+            return
+        try:
+            status = os.fstat(fd)
+        finally:
+            os.close(fd)
+        if stat.S_ISREG(status.st_mode):
+            words = ["/etc/rc"] if status.st_mode & 0o111 else ["/bin/sh", "/etc/rc"]
+            builder.results += [("entrypoint", word) for word in words]
 
 
 @dataclass(frozen=True, slots=True)
