@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import os
+from contextlib import suppress
 from typing import Any
 
 from enclos.runtime.agent import Agent, open_stepd
@@ -60,7 +61,7 @@ def _adopt_step(agent: Agent, record: dict[str, Any], networks: dict[int, int]) 
     namespace_fd, net_fd = _find(namespace, netns if network == "job" and job not in networks else None)
     if net_fd >= 0:
         networks[job] = net_fd
-    return AdoptedStep(agent.around, record, _stepd(record), namespace_fd)
+    return AdoptedStep(agent.around, record, [_stepd(record), *_server(record)], namespace_fd)
 
 
 def _identity(pair: list[int] | None) -> Identity | None:
@@ -81,6 +82,22 @@ def _stepd(record: dict[str, Any]) -> int:
     except (EnclosError, OSError):
         pass
     return ended_process()
+
+
+def _server(record: dict[str, Any]) -> list[int]:
+    """The pidfd of the squashfuse that serves the step's image, if there is one and it still runs."""
+    if record.get("server") is None:
+        return []
+    pid, started = (int(number) for number in record["server"])
+    try:
+        fd = os.pidfd_open(pid)
+    except (OSError, OverflowError):
+        return []
+    with suppress(OSError):
+        if start_time(pid) == started:
+            return [fd]
+    os.close(fd)
+    return []
 
 
 def ended_process() -> int:

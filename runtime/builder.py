@@ -82,9 +82,9 @@ class Builder:
         if fd is not None:
             os.close(fd)
 
-    def need(self, what: str, *fields: tuple[str, str]) -> protocol.Message:
+    def need(self, what: str, *fields: tuple[str, str], fds: Sequence[int] = ()) -> protocol.Message:
         """Ask the agent for something and wait for its answer."""
-        self._send([("state", "need"), ("what", what), *fields])
+        self._send([("state", "need"), ("what", what), *fields], fds)
         return self._answer()
 
     def give(self, what: str, fd: int, *fields: tuple[str, str]) -> None:

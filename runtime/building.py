@@ -341,6 +341,7 @@ class NodeStep(Step):
 
     def _write_record(self) -> None:
         """Enough for an agent after this one to find the step again."""
+        self.record["server"] = self.container.server if self.container is not None else None
         self.record |= {"network": self.network, "ipv4": self.addresses[0], "ipv6": self.addresses[1]}
         for key, fd in (("namespace", self.user_namespace()), ("netns", self._net_fd)):
             self.record[key] = list(identity(fd)) if fd >= 0 else None
@@ -383,6 +384,7 @@ def _record(request: StepRequest) -> dict[str, Any]:
         "stepd_start": start_time(request.stepd),
         "namespace": None,
         "netns": None,
+        "server": None,
         "cgroup": "",
     }
 

@@ -17,6 +17,7 @@ from enclos.runtime.builder import Plan, store_plan
 from enclos.runtime.images.store import MountedImage, MountedImages
 from enclos.runtime.protocol import Message, ProtocolError
 from enclos.runtime.spawner import Child, ChildDied, Spawner
+from enclos.runtime.steps import start_time
 
 NAMESPACES = ("user", "mnt", "ipc", "uts")
 
@@ -29,6 +30,9 @@ class Container:
         self._images = images
         self._child: Child | None = None
         self._image: MountedImage | None = None
+        self._server: Child | None = None
+        # Pid and start time of the server of a user's image, which name it for an agent after this one.
+        self.server: tuple[int, int] | None = None
         # What others share (images, their maps) is only taken from a builder that still is root.
         self._mapped = False
         self.namespaces: dict[str, int] = {}
@@ -64,6 +68,8 @@ class Container:
                         self._child.send([("state", "given")], await network())
                     case "need", "image":
                         await self._serve_image(plan, message)
+                    case "need", "server":
+                        await self._serve_file(plan, message)
                     case "need", "attached":
                         self._child.send([("state", "given")], [self._mounted().mount_fd])
                     case "need", "map":
@@ -119,6 +125,10 @@ class Container:
         if self._image is not None:
             self._images.release(self._image)
             self._image = None
+        if self._server is not None:
+            self._server.kill()
+            self._server.close()
+            self._server = None
 
     async def _serve_image(self, plan: Plan, message: Message) -> None:
         """Lend the builder the node's mount of its image, or have it make that mount."""
@@ -127,6 +137,26 @@ class Container:
         lent = {"idmap": self._images.idmap(plan.uid, plan.gid), "mounted": self._image.mount_fd}
         lent = {name: fd for name, fd in lent.items() if fd >= 0}
         self._child.send([("state", "given"), *(("name", name) for name in lent)], list(lent.values()))
+
+    async def _serve_file(self, plan: Plan, message: Message) -> None:
+        """Start squashfuse for the builder's image, whose file nobody but its user's processes may parse."""
+        assert self._child is not None
+        if self._server is not None:
+            raise ProtocolError("the builder has a server already")
+        idmap_fd = self._images.idmap(plan.uid, plan.gid)
+        fields = [(name, str(number)) for name, number in (("uid", plan.uid), ("gid", plan.gid))]
+        fields += [("group", str(group)) for group in plan.groups]
+        fields += [("offset", message.get("offset")), ("hide", self._images.directory)]
+        self._server = self._spawner.spawn("serve", fields, [*message.fds, *([idmap_fd] if idmap_fd >= 0 else [])])
+        with await self._server.receive() as answer:
+            if answer.get("state") != "serving":
+                raise failure(answer)
+            with contextlib.suppress(FileNotFoundError):
+                self.server = self._server.pid, start_time(self._server.pid)
+            mount_fd, complaints_fd, *made = answer.fds
+            self._child.send([("state", "given")], [mount_fd, complaints_fd])
+            for fd in made:
+                self._images.keep_idmap(plan.uid, plan.gid, os.dup(fd))
 
     def _mounted(self) -> MountedImage:
         if self._image is None:

@@ -190,6 +190,25 @@ def image_untrusted(reference: str) -> EnclosError:
     )
 
 
+def image_server_missing() -> EnclosError:
+    """images.user_files is fuse, and there is no squashfuse."""
+    return AdminError(
+        "images.user_files: fuse",
+        "squashfuse is not installed",
+        hint=ADMIN + "install squashfuse where the agent's PATH has it; 'enclos check' looks for it",
+    )
+
+
+def image_fuse_failed(number: int) -> EnclosError:
+    """The kernel has no FUSE, or refused to mount it."""
+    return AdminError(
+        "images.user_files: fuse",
+        "no file system can be mounted for squashfuse",
+        reason(number),
+        ADMIN + "modprobe fuse; 'enclos check' tries it",
+    )
+
+
 def image_place_missing(reference: str, path: str, number: int) -> EnclosError:
     """Where every container has something mounted, the image has something else."""
     return UserError(

@@ -83,7 +83,7 @@ def _early(
 
     # As root: what only root may mount, and what has to be read before the image is the root.
     yield op.LookUpAccounts()
-    yield op.OpenImage(request.image_path(), config.images.user_files == "trust")
+    yield op.OpenImage(request.image_path(), config.images.user_files)
     yield op.StageText("resolv.conf", "/etc/resolv.conf")
     yield op.StageText("hosts", "/etc/hosts")
     yield op.StageDevices("dev", (*STANDARD_NODES, *config.devices.nodes))
@@ -106,6 +106,7 @@ def _early(
     yield op.EnterUserNamespace(maps.uid_map, maps.gid_map)
     yield op.EnterNamespaces()
     yield op.CloneDirectoryImage(request.image_path())
+    yield op.AwaitServer(request.image_path())
     for index, (mount, option) in enumerate(wanted):
         if mount.kind == "bind":
             yield _clone(index, mount, option)

@@ -7,10 +7,12 @@ mounts nothing, knows nothing of sockets towards Slurm.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import os
+import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -143,14 +145,16 @@ class Step:
 
     def describe(self) -> dict[str, Any]:
         """What `enclos ps` shows."""
-        hidden = ("stepd_start", "namespace", "netns", "cgroup")
+        hidden = ("stepd_start", "namespace", "netns", "server", "cgroup")
         return {key: value for key, value in self.record.items() if key not in hidden}
 
 
 class AdoptedStep(Step):
     """A step that an agent before this one built; its tasks have joined already."""
 
-    def __init__(self, around: Surroundings, record: dict[str, Any], stepd_pidfd: int, namespace_fd: int) -> None:
+    def __init__(self, around: Surroundings, record: dict[str, Any], pidfds: Sequence[int], namespace_fd: int) -> None:
+        """`pidfds`: of slurmstepd, and of the image's server where there is one."""
+        stepd_pidfd, *self._server_pidfds = pidfds
         super().__init__(around, record, stepd_pidfd)
         self._namespace_fd = namespace_fd
 
@@ -158,6 +162,11 @@ class AdoptedStep(Step):
         return self._namespace_fd
 
     async def release(self) -> None:
+        for pidfd in self._server_pidfds:
+            with contextlib.suppress(ProcessLookupError):
+                signal.pidfd_send_signal(pidfd, signal.SIGKILL)
+            os.close(pidfd)
+        self._server_pidfds.clear()
         if self._namespace_fd >= 0:
             os.close(self._namespace_fd)
             self._namespace_fd = -1

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 # operations: a plan is made of them, and a builder that had to import them would spend 20 ms on it.
 from enclos.runtime import builder, operations, relays, sweep, visitors
+from enclos.runtime.images import server
 from enclos.runtime.protocol import Message
 
 
@@ -30,6 +31,7 @@ TASKS = {
     for task in (
         Task("build", builder.build, True),
         Task("relay", relays.run, False),
+        Task("serve", server.run, False),
         Task("sweep", sweep.run, True),
         Task("resolve", relays.resolve, True),
         Task("visitors", visitors.run, True),

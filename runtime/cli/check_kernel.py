@@ -30,12 +30,14 @@ _OVERLAY = "it needs overlayfs with userxattr (Linux 5.11, module overlay)"
 _SQUASHFS = (
     "it needs squashfs, loop devices and idmapped mounts of squashfs (Linux 6.2, modules squashfs, loop)"
 )
+_FUSE = "images of users need FUSE (module fuse), or images.user_files: refuse"
 
 FEATURES = (
     Feature("user namespaces", probe.user_namespace, "raise user.max_user_namespaces (sysctl)"),
     Feature("other namespaces", probe.other_namespaces, _LIMITS),
     Feature("overlay", probe.overlay_in_a_user_namespace, _OVERLAY),
     Feature("squashfs", probe.squashfs_shown_to_a_user, _SQUASHFS, root_only=True),
+    Feature("fuse", probe.fuse_shown_to_a_user, _FUSE, root_only=True),
     Feature("vxlan", probe.vxlan, "it needs the module vxlan"),
     Feature("nftables", probe.nftables, "it needs the nft command and the module nf_tables"),
 )

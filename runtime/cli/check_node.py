@@ -16,6 +16,7 @@ from enclos.runtime import config
 from enclos.runtime.cli import client
 from enclos.runtime.cli.finding import Finding, mend, note, ok, skipped
 from enclos.runtime.errors import EnclosError
+from enclos.runtime.images import server
 from enclos.runtime.settings import Config
 
 TOOLS = {"nft": "install nftables: the agent guards the tunnels with it"}
@@ -41,6 +42,7 @@ def findings() -> Iterator[Finding]:
             )
         yield from underlay_findings(settings)
         yield from device_findings(settings)
+        yield from image_findings(settings)
     yield agent_finding()
 
 
@@ -76,6 +78,16 @@ def underlay_findings(settings: Config) -> Iterator[Finding]:
         yield mend("underlay", text, hint) if needed else note("underlay", text, hint)
         return
     yield ok("underlay", f"{found.ifname}, {found.address}, MTU {found.mtu}")
+
+
+def image_findings(settings: Config) -> Iterator[Finding]:
+    """What images need beside the kernel."""
+    wanted = settings.images.user_files == "fuse"
+    try:
+        yield ok("squashfuse", server.find_program())
+    except EnclosError as error:
+        hint = "install squashfuse, or set images.user_files: refuse"
+        yield mend("squashfuse", error.what, hint) if wanted else ok("squashfuse", "not installed, not needed")
 
 
 def device_findings(settings: Config) -> Iterator[Finding]:

@@ -17,6 +17,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 from enclos.runtime import linux
+from enclos.runtime.errors import EnclosError
+from enclos.runtime.images import server
 
 PROBE_SECONDS = 20
 PROBE_VNI = 2**24 - 3
@@ -145,6 +147,16 @@ def squashfs_shown_to_a_user() -> None:
     linux.set_attributes(shown, linux.MOUNT_ATTR_IDMAP, userns_fd=owner)
     if os.fstat(shown).st_uid != 65534:
         raise OSError(0, "the mount shows the wrong owner")
+
+
+def fuse_shown_to_a_user() -> None:
+    """Mount a FUSE file system in a user namespace of root's, as for an image that a user brings; root only."""
+    linux.setns(linux.userns_with_map("0 65534 1\n", "0 65534 1\n"), linux.CLONE_NEWUSER)
+    linux.unshare(linux.CLONE_NEWNS)
+    try:
+        server.mount()
+    except EnclosError as error:
+        raise OSError(0, error.cause or error.what) from error
 
 
 def overlay_in_a_user_namespace() -> None:

@@ -35,7 +35,7 @@ class MountedImages:
     """All images of this node, by key, and the user namespaces that map their owner to a user."""
 
     def __init__(self, directory: str, idle_seconds: float) -> None:
-        self._directory = directory
+        self.directory = directory
         self._idle_seconds = idle_seconds
         self._images: dict[str, MountedImage] = {}
         self._idmaps: OrderedDict[tuple[int, int], int] = OrderedDict()
@@ -52,7 +52,7 @@ class MountedImages:
             await turn
         if image is None:
             self._count += 1
-            image = self._images[key] = MountedImage(key, path, f"{self._directory}/{self._count}")
+            image = self._images[key] = MountedImage(key, path, f"{self.directory}/{self._count}")
         image.users += 1
         if image.expiry is not None:
             image.expiry.cancel()

@@ -22,6 +22,7 @@ from enclos.runtime.operations.common import (
     Operation,
 )
 from enclos.runtime.operations.namespaces import (
+    AwaitServer,
     BecomeUser,
     CloneDirectoryImage,
     CloneSource,
@@ -40,6 +41,7 @@ from enclos.runtime.operations.staging import (
 
 __all__ = [
     "Attach",
+    "AwaitServer",
     "BecomeUser",
     "CheckWorkdir",
     "CloneDirectoryImage",

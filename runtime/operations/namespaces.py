@@ -20,6 +20,9 @@ from enclos.runtime.linux import (
 )
 from enclos.runtime.operations.common import NO_NAMESPACES, open_as_user, words
 
+# What squashfuse says when it gives up, in its user's error line.
+COMPLAINT_BYTES = 300
+
 
 @dataclass(frozen=True, slots=True)
 class BecomeUser:
@@ -107,6 +110,36 @@ class CloneDirectoryImage:
         finally:
             os.close(fd)
         linux.set_attributes(lower, MOUNT_ATTR_NOSUID | MOUNT_ATTR_NODEV, propagation=MS_PRIVATE)
+
+
+@dataclass(frozen=True, slots=True)
+class AwaitServer:
+    """Wait until squashfuse serves a user's image; for other images there is nothing to do.
+
+    As the user: the kernel lets nobody else ask a FUSE file system of his.
+    """
+
+    path: str
+
+    def describe(self) -> str:
+        return f"wait for the server of {self.path} if a user wrote it"
+
+    def execute(self, builder: Builder) -> None:
+        if "complaints" not in builder.fds:
+            return
+        try:
+            os.fstat(builder.fds["lower"])
+        except OSError as error:
+            said = self._complaints(builder.fds["complaints"])
+            raise errors.image_damaged(self.path, said or words(error)) from error
+        builder.drop("complaints")
+
+    def _complaints(self, fd: int) -> str:
+        """The first line that it wrote before it ended. The text may hold what the image's maker wanted."""
+        try:
+            return os.read(fd, COMPLAINT_BYTES).decode(errors="replace").strip().partition("\n")[0]
+        except BlockingIOError:
+            return ""
 
 
 @dataclass(frozen=True, slots=True)

@@ -109,11 +109,11 @@ class OpenImage:
     """Open the image as the user, and make it the lower layer.
 
     A squashfs file is mounted once per node; this builder mounts it if no other has. The kernel parses only
-    files that root wrote, unless the site trusts its users' images.
+    files that root wrote, unless the site trusts its users' images; others are served by squashfuse.
     """
 
     path: str
-    trust_user_files: bool
+    user_files: str
 
     def describe(self) -> str:
         return f"open image {self.path}"
@@ -128,9 +128,12 @@ class OpenImage:
         if stat.S_ISDIR(status.st_mode):
             builder.image_is_directory = True  # CloneDirectoryImage goes on with it.
         elif stat.S_ISREG(status.st_mode):
-            if not (self.trust_user_files or _is_roots(fd, status)):
+            if self.user_files == "trust" or _is_roots(fd, status):
+                self._mount_squashfs(builder, fd, status)
+            elif self.user_files == "fuse":
+                self._serve(builder, fd)
+            else:
                 raise errors.image_untrusted(self.path)
-            self._mount_squashfs(builder, fd, status)
         else:
             raise errors.image_wrong_kind(self.path)
         builder.drop("image")
@@ -177,6 +180,12 @@ class OpenImage:
         linux.set_attributes(lower, attributes, propagation=MS_PRIVATE, userns_fd=idmap_fd)
         builder.drop("mounted")
         builder.drop("idmap")
+
+    def _serve(self, builder: Builder, fd: int) -> None:
+        """Have the agent start a server for the file; AwaitServer finds out whether it can read it."""
+        with builder.need("server", ("offset", "0"), fds=[fd]) as answer:
+            for name, given in zip(("lower", "complaints"), answer.take_fds(), strict=True):
+                builder.keep(name, given)
 
     def _attach_loop(self, builder: Builder, fd: int, key: str) -> int:
         """Mount the file through a loop device that the kernel frees with its last mount.

@@ -36,6 +36,8 @@ SAMPLES: dict[str, tuple[object, ...]] = {
     "image_truncated": (IMAGE, 81920, 4096),
     "image_damaged": (IMAGE, "input/output error"),
     "image_untrusted": ("/home/usera/mine.sqsh",),
+    "image_server_missing": (),
+    "image_fuse_failed": (errno.ENODEV,),
     "image_place_missing": (IMAGE, "/proc", errno.ENOTDIR),
     "bad_mount_syntax": ("/data:", "empty target"),
     "mount_source_missing": MOUNT,
