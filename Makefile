@@ -15,9 +15,10 @@ libdir := $(prefix)/lib/enclos
 SPANK_SOURCES := $(wildcard spank/*.c spank/*.h spank/*.lds spank/Makefile)
 LINUX_SOURCES := $(wildcard runtime/linux/*.c runtime/linux/*.h) runtime/linux/build.py
 MYPY_ROOT := build/mypy
+RELEASES ?= 24.11 26.05
 
 .DELETE_ON_ERROR:
-.PHONY: all help deps demo test test-unit test-kernel test-cluster lint bench install clean
+.PHONY: all help deps demo test test-unit test-kernel test-cluster test-releases lint bench install clean
 
 all: deps build/.venv-stamp build/.linux-stamp $(SHIM) ## build everything: packages, virtual environment, plugin
 
@@ -49,6 +50,7 @@ demo: all ## the main job on a fresh two-node cluster, as root
 
 test: all lint ## lint, then unit, kernel and cluster tests, as root
 	@$(BIN)/pytest tests/unit tests/kernel tests/cluster
+	@$(MAKE) --no-print-directory test-releases
 
 test-unit: all ## unit tests only: seconds, no root
 	@$(BIN)/pytest tests/unit
@@ -58,6 +60,13 @@ test-kernel: all ## tests with namespaces of their own, as root
 
 test-cluster: all ## tests on a real Slurm, as root
 	@$(BIN)/pytest tests/cluster
+
+# The first time, debootstrap makes a root of each release's Debian, in /var/cache/enclos-cluster: a minute each.
+test-releases: all ## what depends on Slurm's release, on the other two, as root
+	@set -e; for release in $(RELEASES); do \
+	    echo "== Slurm $$release"; \
+	    $(BIN)/pytest tests/cluster -m releases --slurm $$release; \
+	done
 
 # mypy wants to find `enclos.runtime` below a folder `enclos`; the checkout has `runtime/` (setup.py maps it).
 lint: build/.venv-stamp ## ruff and mypy --strict

@@ -71,6 +71,7 @@ ELEMENTS_PER_MESSAGE = 1000
 ELEMENTS = 1 << 17
 """Per set; more is ENFILE. With a size the kernel takes a hash table that never grows (2 MB each): a dump of
 one that is just growing leaves elements out, without a word, and we compare dumps with what we know."""
+# Names must be no words of nft's language, which grows: nft 1.1.7 has `tunnel`.
 COUNTERS = ("out_user", "in_holder", "in_fragment", "in_interface", "in_own", "in_stranger", "forward")
 
 RULESET = """\
@@ -94,9 +95,9 @@ table inet {table} {{
 \tchain input {{
 \t\ttype filter hook input priority filter; policy accept;
 \t\tiifname "{holder}*" counter name "in_holder" drop
-{fragments}\t\tudp dport {port} goto tunnel
+{fragments}\t\tudp dport {port} goto from_underlay
 \t}}
-\tchain tunnel {{
+\tchain from_underlay {{
 \t\tiifname != "{underlay}" counter name "in_interface" drop
 \t\tfib saddr type local counter name "in_own" drop
 \t\t@th,96,32 . ip saddr @peers4 accept

@@ -17,8 +17,17 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from enclos.runtime.cluster import daemons, nodes, slurm, users
-from enclos.runtime.cluster.layout import DEFAULT_NAME, SUBMIT, Layout, Record, base, node_names, shim_path
+from enclos.runtime.cluster import daemons, nodes, releases, slurm, users
+from enclos.runtime.cluster.layout import (
+    DEFAULT_NAME,
+    SUBMIT,
+    Layout,
+    Record,
+    base,
+    node_names,
+    programs_path,
+    shim_path,
+)
 from enclos.runtime.cluster.processes import Process, pids_in
 
 
@@ -68,6 +77,7 @@ class Cluster:
         slurm_conf_extra: str = "",
         plugstack: str = "required",
         config: str = "",
+        release: str = "",
     ) -> Cluster:
         """Bring a cluster up, or mend one of that name that is up.
 
@@ -78,34 +88,47 @@ class Cluster:
             slurm_conf_extra: rows for slurm.conf; they replace ours of the same name.
             plugstack: `required` or `optional`, the word in plugstack.conf.
             config: text of enclos.yaml, the same on each node.
+            release: of Slurm, as `24.11`; "" for the machine's own. The first cluster of another one makes its root,
+                which takes a minute.
 
         Raises:
             ClusterError: not root, a tool is missing, or something did not start.
         """
-        _check_host(name)
+        try:
+            root = releases.find(release)
+        except releases.ReleaseError as error:
+            raise ClusterError(str(error)) from error
+        _check_host(name, own=root is None)
         layout = Layout(name)
         with _locked():
             found = cls._find(layout)
             if found is not None and found.is_whole():
+                if release and found.release != release:
+                    raise ClusterError(f"cluster {name} is up with Slurm {found.release}; take it down first")
                 found.mend()
                 return found
             _remove(layout)
-            record = Record(nodes=nodes_count, cpus=cpus, plugstack=plugstack)
-            settings = slurm.SlurmSettings(nodes_count, cpus, slurm_conf_extra)
+            record = Record(nodes=nodes_count, cpus=cpus, plugstack=plugstack, slurm=root.slurm if root else "")
+            settings = slurm.SlurmSettings(nodes_count, cpus, slurm_conf_extra, record.slurm or releases.own_slurm())
             try:
-                return cls._make(layout, record, settings, config)
+                return cls._make(layout, record, settings, config, root)
             except (RuntimeError, OSError) as error:
                 _remove(layout)
                 raise ClusterError(str(error)) from error
 
     @classmethod
-    def _make(cls, layout: Layout, record: Record, settings: slurm.SlurmSettings, config: str) -> Cluster:
+    def _make(
+        cls, layout: Layout, record: Record, settings: slurm.SlurmSettings, config: str, root: releases.Root | None
+    ) -> Cluster:
         names = node_names(record.nodes)
-        _write_files(layout, record, settings, config)
-        control = nodes.start_control(layout)
+        system = root.path if root else None
+        _write_files(layout, record, settings, config, system or Path("/"))
+        control = nodes.start_control(layout, system)
         record.machines[SUBMIT] = control
         record.save(layout)
-        started = nodes.start_nodes(layout, control, names)
+        if root is not None:
+            nodes.run_script(control, releases.build_script(root), f"build for Slurm {root.slurm}")
+        started = nodes.start_nodes(layout, control, names, system)
         record.machines.update(zip(names, started, strict=True))
         record.save(layout)
         nodes.connect(control, started, names)
@@ -202,7 +225,7 @@ class Cluster:
         return process is not None and process.is_alive()
 
     def _start_agent(self, node: str) -> None:
-        agent = daemons.start_agent(self.layout, node, self.record.machines[node])
+        agent = daemons.start_agent(self.layout, node, self.record.machines[node], self.record.slurm)
         if agent is not None:
             self._keep(f"{node}.enclosd", agent)
 
@@ -264,6 +287,16 @@ class Cluster:
         return self.layout.name
 
     @property
+    def release(self) -> str:
+        """Which Slurm it runs, as `24.11`."""
+        return self.record.slurm or releases.own_slurm()
+
+    @property
+    def programs(self) -> Path:
+        """The folder with `enclos`, `enclosd` and their Python, at the same path on every machine."""
+        return programs_path(self.record.slurm)
+
+    @property
     def nodes(self) -> list[str]:
         return node_names(self.record.nodes)
 
@@ -310,7 +343,7 @@ class Cluster:
         Nothing of ours stays in between but nsenter, which waits: right for measuring, too.
         """
         inner = ["bash", "-c", words] if isinstance(words, str) else list(words)
-        environment = daemons.root_environment()
+        environment = daemons.root_environment(self.record.slurm)
         become: list[str] = []
         if user != "root":
             try:
@@ -390,30 +423,31 @@ def _locked() -> Iterator[None]:
             base().rmdir()
 
 
-def _check_host(name: str) -> None:
+def _check_host(name: str, *, own: bool) -> None:
     if os.geteuid() != 0:
         raise ClusterError("the trial cluster makes namespaces and mounts: run it as root")
     if not name or len(name) > 40 or not name.replace("-", "").replace("_", "").isalnum():
         raise ClusterError(f"--name={name}: letters, digits, - and _ only, at most 40")
-    tools = ("munged", "slurmctld", "slurmd", "srun", "ip", "nsenter", "unshare", "setpriv", "pivot_root")
+    tools = ["ip", "nsenter", "unshare", "setpriv", "pivot_root"]
+    tools += ["munged", "slurmctld", "slurmd", "srun"] if own else []
     path = daemons.SBIN
     missing = [tool for tool in tools if shutil.which(tool, path=path) is None]
     if missing:
         raise ClusterError(f"not installed: {', '.join(missing)}; `make deps` installs what is needed")
 
 
-def _write_files(layout: Layout, record: Record, settings: slurm.SlurmSettings, config: str) -> None:
+def _write_files(layout: Layout, record: Record, settings: slurm.SlurmSettings, config: str, system: Path) -> None:
     """Everything the machines read, before the first of them exists."""
     layout.create([SUBMIT, *node_names(record.nodes)])
     users.make_homes(layout.homes)
-    shim = shim_path()
+    shim = shim_path(record.slurm)
     texts = {
         layout.slurm / "slurm.conf": slurm.slurm_conf(layout, settings),
-        layout.slurm / "cgroup.conf": slurm.cgroup_conf(),
+        layout.slurm / "cgroup.conf": slurm.cgroup_conf(settings),
         layout.slurm / "plugstack.conf": slurm.plugstack_conf(str(shim) if shim else None, record.plugstack),
         layout.slurm / "job_submit.lua": slurm.job_submit_lua(users.USERS),
-        layout.state / "passwd": users.passwd(Path("/etc/passwd").read_text()),
-        layout.state / "group": users.group(Path("/etc/group").read_text()),
+        layout.state / "passwd": users.passwd((system / "etc/passwd").read_text()),
+        layout.state / "group": users.group((system / "etc/group").read_text()),
         layout.state / "hosts": slurm.hosts(record.nodes),
     }
     texts |= {layout.node_etc(machine) / "enclos.yaml": config for machine in [SUBMIT, *node_names(record.nodes)]}

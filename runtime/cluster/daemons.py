@@ -26,10 +26,10 @@ class DaemonFailed(RuntimeError):
     """A daemon did not start; the text has the end of its log."""
 
 
-def root_environment() -> dict[str, str]:
+def root_environment(slurm: str = "") -> dict[str, str]:
     """The environment of root on a machine of the cluster: nothing of the caller's but the terminal and language."""
     kept = {name: os.environ[name] for name in ("TERM", "LANG", "LC_ALL", "COLORTERM") if name in os.environ}
-    return {**kept, "PATH": f"{programs_path()}:{SBIN}", "HOME": "/root", "USER": "root", "LOGNAME": "root"}
+    return {**kept, "PATH": f"{programs_path(slurm)}:{SBIN}", "HOME": "/root", "USER": "root", "LOGNAME": "root"}
 
 
 def start(machine: Process, command: Sequence[str], log: Path, extra: Mapping[str, str] | None = None) -> Process:
@@ -88,9 +88,9 @@ def start_slurmd(layout: Layout, name: str, node: Process) -> Process:
     return start(node, ["slurmd", "-D"], layout.log(name, "slurmd.err"))
 
 
-def start_agent(layout: Layout, name: str, node: Process) -> Process | None:
+def start_agent(layout: Layout, name: str, node: Process, slurm: str = "") -> Process | None:
     """Start the agent; None where there is none to start yet."""
-    command = agent_command()
+    command = agent_command(slurm)
     if command is None:
         return None
     return start(node, command, layout.log(name, "enclosd"), {"PYTHONUNBUFFERED": "1"})

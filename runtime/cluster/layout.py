@@ -31,14 +31,31 @@ def project_root() -> Path | None:
     return root if (root / "spank" / "Makefile").is_file() or (root / "pyproject.toml").is_file() else None
 
 
-def programs_path() -> Path:
-    """The folder with `enclos` and `enclosd`: beside the running program, or of the virtual environment."""
+def release_build(slurm: str) -> Path:
+    """Where the checkout keeps what is built for another Slurm release than the machine's own (releases.py)."""
+    root = project_root()
+    assert root is not None
+    return root / "build/releases" / slurm
+
+
+def programs_path(slurm: str = "") -> Path:
+    """The folder with `enclos` and `enclosd`: beside the running program, or of the virtual environment.
+
+    For another release than the machine's own it is the environment of that release's Python.
+    """
+    if slurm:
+        return release_build(slurm) / "venv/bin"
     beside = Path(sys.argv[0]).resolve().parent
     return beside if (beside / "enclosd").is_file() else Path(sysconfig.get_path("scripts"))
 
 
-def shim_path() -> Path | None:
-    """The Slurm plugin: named by ENCLOS_SHIM, built in the checkout, or installed; None where there is none."""
+def shim_path(slurm: str = "") -> Path | None:
+    """The Slurm plugin: named by ENCLOS_SHIM, built in the checkout, or installed; None where there is none.
+
+    That of another release is built when a cluster of it comes up.
+    """
+    if slurm:
+        return release_build(slurm) / "spank_enclos.so"
     named = os.environ.get("ENCLOS_SHIM")
     root = project_root()
     candidates = [Path(named)] if named else []
@@ -48,9 +65,9 @@ def shim_path() -> Path | None:
     return next((path for path in candidates if path.is_file()), None)
 
 
-def agent_command() -> list[str] | None:
+def agent_command(slurm: str = "") -> list[str] | None:
     """What starts the agent in the foreground, or None where no agent is installed."""
-    program = programs_path() / "enclosd"
+    program = programs_path(slurm) / "enclosd"
     module = Path(__file__).resolve().parents[1] / "daemon.py"
     return [str(program), "--foreground"] if program.is_file() and module.is_file() else None
 
@@ -137,6 +154,8 @@ class Record:
     nodes: int
     cpus: int
     plugstack: str
+    # Another Slurm release than the machine's own; "" for that.
+    slurm: str = ""
     version: int = 1
     machines: dict[str, Process] = field(default_factory=dict)
     daemons: dict[str, Process] = field(default_factory=dict)

@@ -153,7 +153,8 @@ def _elements(cluster: Cluster, node: str) -> list[str]:
 
 
 def _tool(cluster: Cluster, node: str, command: list[str]) -> str:
-    words = [*enter_command(cluster.machine(node), ["--net"]), *command]
+    # The node's own programs: an older nft crashes on what a newer one has left in the kernel.
+    words = [*enter_command(cluster.machine(node), ["--mount", "--net"]), *command]
     return subprocess.run(words, capture_output=True, text=True, check=True).stdout
 
 

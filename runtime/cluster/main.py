@@ -12,6 +12,7 @@ from enclos.runtime.cluster.cluster import Cluster, ClusterError, clusters
 from enclos.runtime.cluster.demo import show
 from enclos.runtime.cluster.image import ImageError, install
 from enclos.runtime.cluster.layout import DEFAULT_NAME, SUBMIT
+from enclos.runtime.cluster.releases import SUITES
 
 NEXT = """\
 next:
@@ -36,6 +37,7 @@ def parser() -> argparse.ArgumentParser:
     up.add_argument("--cpus", type=int, default=8, help="CPUs each node tells Slurm it has (default: %(default)s)")
     up.add_argument("--slurm-conf-extra", type=Path, metavar="FILE", help="rows for slurm.conf; they replace ours")
     up.add_argument("--plugstack", choices=("optional", "required"), default="required", help="word in plugstack.conf")
+    up.add_argument("--slurm", default="", metavar="RELEASE", help=f"{', '.join(SUITES)} (default: own)")
     up.add_argument("--config", type=Path, metavar="ENCLOS_YAML", help="enclos.yaml of all nodes (default: empty)")
     verbs.add_parser("down", parents=[common], help="take it down and remove all it made; harmless when it is down")
     verbs.add_parser("status", parents=[common], help="what runs")
@@ -73,8 +75,9 @@ def up(options: argparse.Namespace) -> int:
         slurm_conf_extra=_read(options.slurm_conf_extra),
         plugstack=options.plugstack,
         config=_read(options.config),
+        release=options.slurm,
     )
-    print(f"cluster {cluster.name} is up: {', '.join(cluster.nodes)}")
+    print(f"cluster {cluster.name} is up: {', '.join(cluster.nodes)}, Slurm {cluster.release}")
     print(NEXT.format(name="" if cluster.name == DEFAULT_NAME else f" --name {cluster.name}"))
     return 0
 

@@ -48,7 +48,7 @@ exec env -i --ignore-signal=CHLD {COOKIE}="$cookie" sleep infinity
 # A root file system of the cluster's own, made of the machine's. Top-level folders are the machine's, except
 # those that a cluster changes: /etc is a copy, /home has the users' homes added, /run, /tmp and /dev/shm are
 # empty.
-CONTROL_ROOT = """\
+OWN_ROOT = """\
 mount -t tmpfs -o mode=755,size=64m enclos-root "$state/root"
 cd "$state/root"
 for entry in /* /.[!.]*; do
@@ -59,13 +59,29 @@ for entry in /* /.[!.]*; do
         fi ;;
     esac
 done
-mkdir etc home proc run tmp shared images .kept
-chmod 1777 tmp
+mkdir etc
 cp -a /etc/. etc/
+"""
+
+# The same made of another release's root, which stays as it is below an overlay. The kernel's files are the machine's.
+RELEASE_ROOT = """\
+mount -t tmpfs -o mode=755,size=256m enclos-root "$state/root"
+cd "$state/root"
+mkdir upper work merged
+mount -t overlay -o "lowerdir=$system,upperdir=$PWD/upper,workdir=$PWD/work" overlay merged
+cd merged
+for entry in dev sys; do mount --rbind "/$entry" "$entry"; done
+mkdir -p ".$state"
+mount --bind "$state" ".$state"
+"""
+
+CONTROL_ROOT = """\
+mkdir -p home proc run tmp shared images .kept
+chmod 1777 tmp
 mkdir -p etc/enclos etc/slurm
 for file in passwd group hosts; do cat "$state/$file" > "etc/$file"; done
 echo "$hostname" > etc/hostname
-for home in /home/* "$state"/home/*; do
+for home in "$system"/home/* "$state"/home/*; do
     [ -d "$home" ] || continue
     mkdir -p ".$home" "home/${home##*/}"
     mount --rbind "$home" "home/${home##*/}"
@@ -122,11 +138,14 @@ mount --bind /run/hostname /etc/hostname
 """
 
 
-def hidden_paths() -> list[Path]:
+def hidden_paths(system: Path | None = None) -> list[Path]:
     """Folders the cluster needs although its machines or its users would not find them.
 
-    They lie below /tmp or /run, which are each machine's own, or below a folder that only root may enter.
+    They lie below /tmp or /run, which are each machine's own, or below a folder that only root may enter. In the root
+    of another release the checkout is not there at all.
     """
+    if system is not None:
+        return [root] if (root := project_root()) else []
     wanted = [Path(sys.prefix), Path(__file__).resolve().parents[2]]
     root = project_root()
     wanted += [root] if root else []
@@ -158,34 +177,40 @@ def _is_own(path: Path) -> bool:
     return path.is_relative_to("/tmp") or path.is_relative_to("/run")
 
 
-def _script(layout: Layout, hostname: str, *parts: str) -> str:
+def _script(layout: Layout, hostname: str, system: Path | None, *parts: str) -> str:
+    closed = _closed_folders() if system is None else ()
     values = {
         "state": str(layout.state),
         "hostname": hostname,
         "cookie": f"{layout.state}/{hostname}",
-        "closed": " ".join(str(path) for path in _closed_folders()),
-        "hidden": " ".join(str(path) for path in hidden_paths()),
+        "system": str(system or ""),
+        "closed": " ".join(str(path) for path in closed),
+        "hidden": " ".join(str(path) for path in hidden_paths(system)),
     }
     head = "".join(f"{name}={shlex.quote(value)}\n" for name, value in values.items())
     return head + PROLOGUE + "".join(parts) + EPILOGUE
 
 
-def start_control(layout: Layout) -> Process:
+def start_control(layout: Layout, system: Path | None = None) -> Process:
     """Make the submit host: the first process of the cluster.
+
+    `system` is the root file system of another release, for all machines of the cluster; None for the machine's own.
 
     Raises:
         RuntimeError: a namespace or a mount was refused; the text is the tool's own.
     """
-    script = _script(layout, SUBMIT, CONTROL_ROOT, OWN_MOUNTS)
+    script = _script(layout, SUBMIT, system, OWN_ROOT if system is None else RELEASE_ROOT, CONTROL_ROOT, OWN_MOUNTS)
     (init,) = _start_inits([["unshare", *NAMESPACES, "--fork", "sh", "-c", script]])
     return init
 
 
-def start_nodes(layout: Layout, control: Process, names: Sequence[str]) -> list[Process]:
+def start_nodes(
+    layout: Layout, control: Process, names: Sequence[str], system: Path | None = None
+) -> list[Process]:
     """Make the nodes, all at the same time; errors as start_control."""
     commands = []
     for name in names:
-        script = _script(layout, name, OWN_MOUNTS, NODE_NAME)
+        script = _script(layout, name, system, OWN_MOUNTS, NODE_NAME)
         # The unshare in between ends at once; the node's first process then belongs to the submit host's
         # first one.
         inner = shlex.join(["unshare", *NAMESPACES, "--fork", "sh", "-c", script])
@@ -260,6 +285,15 @@ def find_stray_inits(layout: Layout) -> list[Process]:
             if process is not None:
                 found.append(process)
     return found
+
+
+def run_script(machine: Process, script: str, what: str) -> None:
+    """Run a shell script as root on a machine; RuntimeError with what it printed when it fails."""
+    command = [*enter_command(machine), "sh", "-c", script]
+    environment = {"PATH": "/usr/sbin:/usr/bin:/sbin:/bin", "HOME": "/root", "LC_ALL": "C"}
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment, cwd="/")
+    if done.returncode != 0:
+        raise RuntimeError(f"{what} failed:\n{(done.stdout + done.stderr).strip()}")
 
 
 def enter_command(machine: Process, namespaces: Sequence[str] = ()) -> list[str]:

@@ -41,6 +41,7 @@ class SlurmSettings:
     nodes: int
     cpus: int
     extra: str = ""
+    slurm: str = ""
 
 
 def slurm_conf(layout: Layout, settings: SlurmSettings) -> str:
@@ -107,8 +108,14 @@ def _nodes(settings: SlurmSettings, names: set[str]) -> list[str]:
     return rows
 
 
-def cgroup_conf() -> str:
-    """cgroup.conf: constrain nothing, and ask no systemd for anything."""
+def cgroup_conf(settings: SlurmSettings) -> str:
+    """cgroup.conf: constrain nothing, and ask no systemd for anything.
+
+    Releases from 23.11 can be told to leave control groups alone; without it slurmd does not start where the host has
+    version 1 mounted. Those before ignore a cgroup plugin that no other plugin asks for.
+    """
+    if settings.slurm > "23.11":
+        return "CgroupPlugin=disabled\n"
     return "CgroupAutomount=no\nIgnoreSystemd=yes\nIgnoreSystemdOnFailure=yes\n"
 
 

@@ -6,6 +6,7 @@ A test that stops daemons, fills nodes or needs other settings makes a cluster o
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -15,6 +16,7 @@ import pytest
 from enclos.runtime.cluster import image as images
 from enclos.runtime.cluster.cluster import Cluster
 from enclos.runtime.cluster.leftovers import Snapshot, await_same, snapshot
+from enclos.runtime.cluster.releases import own_slurm
 
 Result = subprocess.CompletedProcess[str]
 
@@ -25,6 +27,11 @@ class Run(Protocol):
     def __call__(self, words: str | list[str], node: str | None = None, *, timeout: float = 60) -> Result: ...
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """`--slurm`: on which release the clusters of these tests run."""
+    parser.addoption("--slurm", default="", metavar="RELEASE", help="Slurm of the trial clusters (default: own)")
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Every test below this folder needs the cluster."""
     for item in items:
@@ -33,7 +40,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 @pytest.fixture(scope="session")
-def make_cluster() -> Iterator[Callable[..., Cluster]]:
+def release(pytestconfig: pytest.Config) -> str:
+    """Which Slurm the clusters run, as `24.11`."""
+    return pytestconfig.getoption("--slurm") or own_slurm()
+
+
+@pytest.fixture(scope="session")
+def make_cluster(release: str) -> Iterator[Callable[..., Cluster]]:
     """Make clusters of a test's own; they are taken down at the end of the session, or earlier by the test."""
     if os.geteuid() != 0:
         pytest.skip("needs root")
@@ -42,7 +55,7 @@ def make_cluster() -> Iterator[Callable[..., Cluster]]:
     def make(nodes: int = 2, **options: str | int) -> Cluster:
         name = f"test-{os.getpid()}-{len(made)}"
         made.append(name)
-        return Cluster.up(name, nodes, **options)  # type: ignore[arg-type]
+        return Cluster.up(name, nodes, release=release, **options)  # type: ignore[arg-type]
 
     yield make
     for name in made:
@@ -169,6 +182,11 @@ def clean(fragile: Cluster) -> Iterator[Leftovers]:
     fragile.run("scancel --user=usera,userb")
     fragile.await_idle()
     assert set(fragile.run(["sinfo", "-h", "-N", "-o", "%T"]).stdout.split()) == {"idle"}
+
+
+def plain(row: str) -> str:
+    """A line of an error without what Slurm puts before it: the program, or slurmstepd's clock (from 26.05 on)."""
+    return re.sub(r"^((srun|sbatch|salloc|slurmstepd\S*):|\[\S+\]) error: ", "", row)
 
 
 def said(text: str) -> list[str]:

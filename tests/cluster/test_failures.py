@@ -20,11 +20,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
-from conftest import Leftovers, Result, said
+from conftest import Leftovers, Result, plain, said
 from enclos.runtime.cluster.cluster import Cluster
 from enclos.runtime.cluster.daemons import accepts
 from enclos.runtime.cluster.image import install
-from enclos.runtime.cluster.layout import programs_path
 
 USERA, USERB = 61001, 61002
 IMAGE = "/images/openmpi.sqsh"
@@ -221,10 +220,9 @@ def srun(cluster: Cluster, *options: str, user: str = "usera", env: Mapping[str,
 
 
 def lines_for_user(text: str) -> list[str]:
-    """What srun printed, without the name of the program that said it and Slurm's own report of exit codes."""
+    """What srun printed, without Slurm's own words before a line and its report of exit codes."""
     rows = []
-    for row in said(text):
-        row = re.sub(r"^(srun|slurmstepd\S*): error: ", "", row)
+    for row in map(plain, said(text)):
         if not re.fullmatch(r"n\d+: tasks? [\d,-]+: Exited with exit code \d+|Invalid --\S+ argument: .*", row):
             rows.append(row)
     return rows
@@ -378,7 +376,7 @@ def test_user_namespaces_refused(calm: Leftovers, odd: Cluster, path: str) -> No
     """A file needs one for its id map, too."""
     odd.stop_agent("n1")
     odd.path_on("n1", "/run/enclos/agent.sock").unlink()
-    command = [sys.executable, "-c", RESTRICTED, str(programs_path() / "enclosd"), "--foreground"]
+    command = [str(odd.programs / "python3"), "-c", RESTRICTED, str(odd.programs / "enclosd"), "--foreground"]
     with odd.popen(command, node="n1", stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as agent:
         await_true(lambda: accepts(odd.path_on("n1", "/run/enclos/agent.sock")))
         done = srun(odd, "-w", "n1", "-n2", f"--container-image={path}", "echo", "ran")

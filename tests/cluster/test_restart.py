@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from conftest import Leftovers, said
+from conftest import Leftovers, plain, said
 from enclos.runtime.cluster.cluster import Cluster, Running
 from faults import Point, kill, points, processes, stopping, zygote
 
@@ -281,7 +281,7 @@ def test_killed_during_a_build(fragile: Cluster, clean: Leftovers) -> None:
         status, out, lines = end(running)
         assert (status, out) == (1, ""), point
         (line,) = [line for line in lines if "enclos: " in line]
-        assert line.removeprefix("slurmstepd-n1: error: enclos: ") in KILLED_DURING_A_BUILD, point
+        assert plain(line).removeprefix("enclos: ") in KILLED_DURING_A_BUILD, point
         if point.call in CHANGES_OF_IDS:
             # These clear the death signal, and a builder that runs sets it again.
             with contextlib.suppress(ProcessLookupError):
@@ -401,8 +401,8 @@ def test_no_space_for_records_is_a_clear_error(fragile: Cluster, small_journal: 
     status, out, lines = end(start(fragile, step))
     fragile.run(f"rm {small_journal}/filler", node="n1")
     assert (status, out) == (1, "")
-    assert [line for line in lines if "enclos: " in line] == [
-        "slurmstepd-n1: error: enclos: /run/enclos/journal: the agent cannot write its records "
+    assert [plain(line) for line in lines if "enclos: " in line] == [
+        "enclos: /run/enclos/journal: the agent cannot write its records "
         "(no space left on device) on n1"
     ]
     assert fragile.run(step, user="usera").returncode == 0

@@ -18,11 +18,12 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pytest
+from conftest import plain
 from enclos.runtime import protocol
 from enclos.runtime.cluster.cluster import Cluster
 from enclos.runtime.settings import OPTIONS
 
-pytestmark = pytest.mark.cluster
+pytestmark = pytest.mark.releases
 
 SOCKET = "/run/enclos/agent.sock"
 BATCH = "4294967291"
@@ -48,10 +49,9 @@ int CALLBACK(spank_t spank, int count, char *words[])
 
 
 @pytest.fixture(scope="module")
-def cluster() -> Iterator[Cluster]:
+def cluster(make_cluster: Callable[..., Cluster]) -> Iterator[Cluster]:
     """A cluster of this module's own, because its plugstack.conf and its agents are played with."""
-    Cluster.remove("shim")
-    made = Cluster.up("shim", 2, slurm_conf_extra="TaskProlog=/etc/slurm/taskprolog")
+    made = make_cluster(2, slurm_conf_extra="TaskProlog=/etc/slurm/taskprolog")
     script = made.layout.slurm / "taskprolog"
     script.write_text(SCRIPT)
     script.chmod(0o755)
@@ -104,9 +104,8 @@ def srun(cluster: Cluster, *words: str, **env: str) -> subprocess.CompletedProce
 
 
 def own_lines(text: str) -> list[str]:
-    """The lines of the shim, without the name of the program that printed them, which differs by build."""
-    rows = [re.sub(r"^(srun|sbatch|salloc|slurmstepd\S*): error: ", "", row) for row in text.splitlines()]
-    return [row for row in rows if row.startswith(("enclos:", "hint:"))]
+    """The lines of the shim."""
+    return [row for row in map(plain, text.splitlines()) if row.startswith(("enclos:", "hint:"))]
 
 
 class Listener:

@@ -314,7 +314,7 @@ def readable(guard: Guard) -> bool:
     [
         "flush ruleset",
         "delete table inet enclos",
-        "flush chain inet enclos tunnel",
+        "flush chain inet enclos from_underlay",
         "insert rule inet enclos input accept",
         f"delete element inet enclos peers4 {{ {VNI << 8:#x} . 192.0.2.1 }}",
         f"add element inet enclos peers4 {{ {VNI << 8:#x} . 192.0.2.3 }}",
