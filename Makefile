@@ -92,7 +92,7 @@ install: $(SHIM) ## install for a site: DESTDIR=, prefix=/usr/local, sysconfdir=
 	        '$(PYTHON)' '$(libdir)/python' "$${row#*:}" > "$$program"; \
 	    chmod 755 "$$program"; \
 	done
-	install -m 755 $(SHIM) $(DESTDIR)$(libdir)/spank_enclos.so
+	install -m 755 $(SHIM) build/slurm-command $(DESTDIR)$(libdir)/
 	test -e $(DESTDIR)$(sysconfdir)/enclos/enclos.yaml || install -m 644 conf/enclos.yaml $(DESTDIR)$(sysconfdir)/enclos/
 	sed 's|^ExecStart=.*|ExecStart=$(prefix)/bin/enclosd|' conf/enclosd.service > $(DESTDIR)$(unitdir)/enclosd.service
 	for page in docs/man/*.[1-8]; do install -D -m 644 -t $(DESTDIR)$(mandir)/man$${page##*.} "$$page"; done

@@ -46,6 +46,7 @@ class Builder:
     groups: tuple[int, ...]
     user_name: str = ""
     group_names: list[tuple[str, int]] = field(default_factory=list)
+    other_users: list[tuple[str, int, int]] = field(default_factory=list)
     image_path: str = ""
     image_is_directory: bool = False
     rootfs_limit: str = ""

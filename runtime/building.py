@@ -11,7 +11,7 @@ import contextlib
 import logging
 import os
 import time
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from enclos.netns import facts, namespace, relay
 from enclos.runtime import cgroup, environment, errors, linux, plan, policy, seccomp
@@ -23,6 +23,9 @@ from enclos.runtime.members import identity
 from enclos.runtime.request import StepRequest
 from enclos.runtime.spawner import Child, ChildDied
 from enclos.runtime.steps import JoinReply, Step, Surroundings, start_time
+
+if TYPE_CHECKING:
+    from enclos.runtime.slurmclient import SlurmClient
 
 log = logging.getLogger("enclosd")
 
@@ -122,7 +125,8 @@ class NodeStep(Step):
         network = asyncio.create_task(self._make_network(decision.network))
         try:
             self.record["cgroup"] = cgroup.step_cgroup(self.request.stepd)
-            node = plan.NodeFacts(self._around.stage, self.record["cgroup"])
+            slurm = await _slurm_client() if decision.slurm else None
+            node = plan.NodeFacts(self._around.stage, self.record["cgroup"], slurm)
             early = plan.make(self.request, decision, config, maps, node)
             self.container = Container(self._around.spawner, self._around.images)
             self._write_record()
@@ -365,6 +369,13 @@ class NodeStep(Step):
         image = errors.printable(self.request.image)
         log.info("step=%s uid=%d image=%s network=%s tasks=%d attempt=%d %s: %s", self.name, self.request.uid, image,
                  self.network, self.request.tasks, attempt, marks, operations)  # fmt: skip
+
+
+async def _slurm_client() -> SlurmClient:
+    """Looked for in a thread: ldd runs for some milliseconds, and most nodes never need it."""
+    from enclos.runtime import slurmclient
+
+    return await asyncio.to_thread(slurmclient.find)
 
 
 def _record(request: StepRequest) -> dict[str, Any]:

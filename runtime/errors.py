@@ -354,6 +354,25 @@ def unshare_against_network(network: str) -> EnclosError:
     )
 
 
+def slurm_commands_missing(detail: str) -> EnclosError:
+    """--container-slurm and something of Slurm is not where it is looked for."""
+    return AdminError(
+        "--container-slurm",
+        "cannot find Slurm's commands",
+        detail,
+        ADMIN + "enclosd's PATH and SLURM_CONF have to be those of slurmd",
+    )
+
+
+def slurm_commands_useless(option: str) -> EnclosError:
+    """--container-slurm where srun could not work."""
+    return UserError(
+        "--container-slurm",
+        f"cannot be combined with {option}",
+        hint="srun in the container has to reach slurmctld, and to be you",
+    )
+
+
 def readonly_and_writable() -> EnclosError:
     """Both forms at once."""
     return UserError(

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from enclos.runtime import errors, mounts
 from enclos.runtime import operations as op
@@ -32,6 +33,9 @@ from enclos.runtime.policy import Decision
 from enclos.runtime.request import BATCH_STEP, StepRequest
 from enclos.runtime.settings import Config
 
+if TYPE_CHECKING:
+    from enclos.runtime.slurmclient import SlurmClient
+
 SAFE = MOUNT_ATTR_NOSUID | MOUNT_ATTR_NODEV
 KERNEL_FS = SAFE | MOUNT_ATTR_NOEXEC
 STANDARD_NODES = ("/dev/null", "/dev/zero", "/dev/full", "/dev/random", "/dev/urandom", "/dev/tty", "/dev/ptmx")
@@ -54,10 +58,12 @@ class NodeFacts:
     Attributes:
         stage: directory in the agent's mount namespace on which every builder mounts its own stage.
         step_cgroup: directory of the step's cgroup v2, or empty where Slurm uses none.
+        slurm: Slurm's commands, where a step wants them inside.
     """
 
     stage: str
     step_cgroup: str = ""
+    slurm: SlurmClient | None = None
 
 
 def make(request: StepRequest, decision: Decision, config: Config, maps: IdMaps, node: NodeFacts) -> Plan:
@@ -76,13 +82,14 @@ def _early(
     home = home_directory(request, decision)
     origins = {
         "mounts.site": decision.site_mounts,
+        "--container-slurm": node.slurm.mounts() if node.slurm else (),
         "--container-mount-home": _home_mount(request, decision),
         "--container-mounts": decision.user_mounts,
     }
     wanted = [(mount, option) for option, listed in origins.items() for mount in listed]
 
     # As root: what only root may mount, and what has to be read before the image is the root.
-    yield op.LookUpAccounts()
+    yield op.LookUpAccounts(node.slurm.accounts if node.slurm else ())
     yield op.OpenImage(request.image_path(), config.images.user_files)
     yield op.StageText("resolv.conf", "/etc/resolv.conf")
     yield op.StageText("hosts", "/etc/hosts")
@@ -110,7 +117,9 @@ def _early(
     for index, (mount, option) in enumerate(wanted):
         if mount.kind == "bind":
             yield _clone(index, mount, option)
-    targets = (*FIXED_TARGETS, f"{home}/", *slurm_directories(request), *(mount.target for mount, _ in wanted))
+    commands = tuple(path for path, _ in node.slurm.commands) if node.slurm else ()
+    targets = (*FIXED_TARGETS, f"{home}/", *slurm_directories(request), *commands)
+    targets += tuple(mount.target for mount, _ in wanted)
     yield op.EnterRoot(node.stage, config.rootfs.tmpfs_size, targets)
     yield op.Attach("proc", "/proc")
     yield op.Attach("sys", "/sys")
@@ -129,6 +138,8 @@ def _early(
     yield op.WriteHostname()
     yield op.MakeDirectory("/tmp", 0o1777)
     yield op.MakeDirectory(home, 0o700)
+    if node.slurm:
+        yield op.WriteProgram(commands, node.slurm.program)
     for index, (mount, option) in enumerate(wanted):
         yield _place(index, mount, option)
 

@@ -24,6 +24,7 @@ class Decision:
     remap_root: bool
     mount_home: bool
     entrypoint: bool
+    slurm: bool
     site_mounts: tuple[Mount, ...]
     user_mounts: tuple[Mount, ...]
 
@@ -32,7 +33,8 @@ def decide(request: StepRequest, config: Config) -> Decision:
     """Apply the site's rules.
 
     Raises:
-        EnclosError: disabled, root_step, unknown_network, network_forbidden, mounts_forbidden.
+        EnclosError: disabled, root_step, unknown_network, network_forbidden, mounts_forbidden,
+            slurm_commands_useless.
     """
     if not config.enabled:
         raise errors.disabled()
@@ -40,15 +42,29 @@ def decide(request: StepRequest, config: Config) -> Decision:
         raise errors.root_step()
     if request.mounts and not config.mounts.user:
         raise errors.mounts_forbidden(request.mounts[0].text)
+    network = _network(request, config)
+    remap_root = _wish(request.remap_root, config.rootfs.remap_root)
     return Decision(
-        network=_network(request, config),
+        network=network,
         writable=_wish(request.writable, config.rootfs.writable),
-        remap_root=_wish(request.remap_root, config.rootfs.remap_root),
+        remap_root=remap_root,
         mount_home=_wish(request.mount_home, config.mounts.home),
         entrypoint=_wish(request.entrypoint, config.step.entrypoint),
+        slurm=request.slurm and _slurm_works(request, network, remap_root),
         site_mounts=site_mounts(config),
         user_mounts=request.mounts,
     )
+
+
+def _slurm_works(request: StepRequest, network: str, remap_root: bool) -> bool:
+    """Whether srun could work inside: not away from slurmctld, and not under another user id than munge sees.
+
+    Nested steps inherit the option from their script, so only a script's own step is refused.
+    """
+    useless = f"--container-network={network}" if network != "host" else "--container-remap-root" if remap_root else ""
+    if useless and request.asks_by_default:
+        raise errors.slurm_commands_useless(useless)
+    return not useless
 
 
 def site_mounts(config: Config) -> tuple[Mount, ...]:

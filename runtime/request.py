@@ -59,6 +59,7 @@ class StepRequest:
     mount_home: bool | None
     entrypoint: bool | None
     entrypoint_log: bool
+    slurm: bool
     environment: tuple[str, ...]
     interface_variables: Mapping[str, str]
 
@@ -112,6 +113,7 @@ def parse(fields: Fields) -> StepRequest:
         mount_home=_flag(fields, "mount-home"),
         entrypoint=_flag(fields, "entrypoint"),
         entrypoint_log=_flag(fields, "entrypoint-log") is True,
+        slurm=_flag(fields, "slurm") is True,
         environment=_environment(fields),
         interface_variables=_interface_variables(fields),
     )

@@ -115,8 +115,8 @@ def read_file(root_fd: int, path: str) -> bytes:
         return file.read(READ_LIMIT_BYTES) or b""
 
 
-def replace_file(root_fd: int, path: str, content: bytes) -> bool:
-    """Write `path` anew; a symlink by that name is replaced, not followed.
+def replace_file(root_fd: int, path: str, content: bytes, mode: int = 0o644) -> bool:
+    """Write `path` anew; a symlink by that name is replaced, not followed. `mode` is subject to the umask, 022 here.
 
     Returns:
         False where the image does not let its user replace the file: the image's own stays.
@@ -126,7 +126,7 @@ def replace_file(root_fd: int, path: str, content: bytes) -> bool:
             with suppress(FileNotFoundError):
                 os.unlink(name, dir_fd=parent_fd)
             flags = os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_NOFOLLOW | os.O_CLOEXEC
-            with open(os.open(name, flags, 0o644, dir_fd=parent_fd), "wb", buffering=0) as file:
+            with open(os.open(name, flags, mode, dir_fd=parent_fd), "wb", buffering=0) as file:
                 file.write(content)
     except OSError as error:
         if error.errno in (errno.EACCES, errno.EPERM, errno.EOVERFLOW, errno.EISDIR, errno.ENOTDIR):

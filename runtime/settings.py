@@ -363,6 +363,17 @@ OPTIONS: tuple[Option, ...] = (
     option("no-entrypoint", "", "do not run the image's entrypoint", fixed="0", twin=False),
     option("entrypoint-log", "", "show on standard error what the entrypoint prints", fixed="1"),
     option(
+        "slurm",
+        "",
+        "bring srun and Slurm's other commands into the container of a batch or interactive step",
+        "They work whatever the image holds, on the node's network and with your own user id. Steps that such a "
+        "script starts inherit the option, and take no notice of it where they have another network or are root "
+        "inside.",
+        fixed="1",
+        pyxis=False,
+    ),
+    option("no-slurm", "", "do not bring Slurm's commands into the container", fixed="0", twin=False),
+    option(
         "env",
         "NAME[,NAME...]",
         "variables that keep the job's value even if the image sets them",

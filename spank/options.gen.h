@@ -63,7 +63,7 @@ struct enclos_option_row {
 	const struct enclos_check *checks; /* ends with a pattern of NULL */
 };
 
-#define ENCLOS_OPTION_COUNT 15
+#define ENCLOS_OPTION_COUNT 17
 
 static const struct enclos_option_row enclos_option_rows[] = {
 	{
@@ -136,6 +136,18 @@ static const struct enclos_option_row enclos_option_rows[] = {
 		"container-entrypoint-log", NULL,
 		"[enclos] show on standard error what the entrypoint prints",
 		0, "ENCLOS_CONTAINER_ENTRYPOINT_LOG", "PYXIS_CONTAINER_ENTRYPOINT_LOG", "entrypoint-log", "1",
+		NULL,
+	},
+	{
+		"container-slurm", NULL,
+		"[enclos] bring srun and Slurm's other commands into the container of a batch or interactive step",
+		0, "ENCLOS_CONTAINER_SLURM", NULL, "slurm", "1",
+		NULL,
+	},
+	{
+		"no-container-slurm", NULL,
+		"[enclos] do not bring Slurm's commands into the container",
+		0, NULL, NULL, "slurm", "0",
 		NULL,
 	},
 	{

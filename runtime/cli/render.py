@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 
-from enclos.runtime import config, plan, policy, request
+from enclos.runtime import config, plan, policy, request, slurmclient
 from enclos.runtime.cli import common
 from enclos.runtime.idmap import container_maps
 from enclos.runtime.settings import OPTIONS
@@ -46,7 +46,8 @@ def render(options: dict[str, list[str]]) -> list[str]:
     loaded = config.load()
     decision = policy.decide(wanted, loaded.config)
     maps = container_maps(wanted.uid, wanted.gid, wanted.groups, decision.remap_root)
-    early = plan.make(wanted, decision, loaded.config, maps, plan.NodeFacts(STAGE))
+    node = plan.NodeFacts(STAGE, slurm=slurmclient.find() if decision.slurm else None)
+    early = plan.make(wanted, decision, loaded.config, maps, node)
     late = plan.late(wanted, decision, plan.slurm_directories(wanted))
     return [*early.describe(), "(the first task is here)", *late.describe()]
 

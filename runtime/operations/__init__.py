@@ -16,6 +16,7 @@ from enclos.runtime.operations.assembly import (
     Unmount,
     WriteAccounts,
     WriteHostname,
+    WriteProgram,
     WriteStaged,
 )
 from enclos.runtime.operations.common import (
@@ -65,5 +66,6 @@ __all__ = [
     "Unmount",
     "WriteAccounts",
     "WriteHostname",
+    "WriteProgram",
     "WriteStaged",
 ]

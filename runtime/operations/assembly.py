@@ -166,9 +166,27 @@ class WriteAccounts:
         uid, gid = (0, 0) if self.remap_root else (builder.uid, builder.gid)
         name = "root" if self.remap_root else builder.user_name
         names = [("root", 0), *builder.group_names] if self.remap_root else builder.group_names
-        users = etcfiles.passwd(rootfs.read_file(root_fd, "/etc/passwd"), name, uid, gid, self.home, "/bin/sh")
+        users = rootfs.read_file(root_fd, "/etc/passwd")
+        for other, other_uid, other_gid in builder.other_users:
+            users = etcfiles.passwd(users, other, other_uid, other_gid, "/", "/bin/sh")
+        users = etcfiles.passwd(users, name, uid, gid, self.home, "/bin/sh")
         _replace(builder, "/etc/passwd", users)
         _replace(builder, "/etc/group", etcfiles.group(rootfs.read_file(root_fd, "/etc/group"), names))
+
+
+@dataclass(frozen=True, slots=True)
+class WriteProgram:
+    """Put a program of ours at some paths, in place of the image's files there."""
+
+    paths: tuple[str, ...]
+    program: bytes
+
+    def describe(self) -> str:
+        return f"put a program at {' '.join(self.paths)}"
+
+    def execute(self, builder: Builder) -> None:
+        for path in self.paths:
+            _replace(builder, path, self.program, 0o755)
 
 
 @dataclass(frozen=True, slots=True)
@@ -257,6 +275,6 @@ def forbid_imports() -> None:
     sys.path.clear()
 
 
-def _replace(builder: Builder, path: str, content: bytes) -> None:
-    if not rootfs.replace_file(builder.fds["root"], path, content):
+def _replace(builder: Builder, path: str, content: bytes, mode: int = 0o644) -> None:
+    if not rootfs.replace_file(builder.fds["root"], path, content, mode):
         builder.results.append(("warning", f"{path} of the image can't be replaced by its user, ignoring"))

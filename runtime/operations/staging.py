@@ -10,6 +10,7 @@ import grp
 import os
 import pwd
 import stat
+from contextlib import suppress
 from dataclasses import dataclass
 
 from enclos.runtime import errors, linux, rootfs
@@ -244,16 +245,25 @@ class StageText:
 
 @dataclass(frozen=True, slots=True)
 class LookUpAccounts:
-    """Find the names of the user and his groups now: inside the image, NSS would load the image's libraries."""
+    """Find the names of the user and his groups now: inside the image, NSS would load the image's libraries.
+
+    `others` are names of the node's users that programs inside will look up.
+    """
+
+    others: tuple[str, ...] = ()
 
     def describe(self) -> str:
-        return "look up the names of the user and his groups"
+        return " and of ".join(["look up the names of the user and his groups", *self.others])
 
     def execute(self, builder: Builder) -> None:
         try:
             builder.user_name = pwd.getpwuid(builder.uid).pw_name
         except KeyError:
             builder.user_name = f"u{builder.uid}"
+        for name in self.others:
+            with suppress(KeyError):
+                found = pwd.getpwnam(name)
+                builder.other_users.append((name, found.pw_uid, found.pw_gid))
         for group_id in (builder.gid, *builder.groups):
             try:
                 builder.group_names.append((grp.getgrgid(group_id).gr_name, group_id))

@@ -54,6 +54,8 @@ SAMPLES: dict[str, tuple[object, ...]] = {
     "given_twice": ("image",),
     "unshare_pid": (),
     "unshare_against_network": ("job",),
+    "slurm_commands_missing": ("no slurm.conf",),
+    "slurm_commands_useless": ("--container-network=job",),
     "readonly_and_writable": (),
     "bad_request": ("stepd=x",),
     "unknown_network": ("blue",),

@@ -86,7 +86,8 @@ def test_options_are_all_there() -> None:
     names = {o.name.replace("container-", "") for o in OPTIONS}
     assert names == {
         "image", "mounts", "workdir", "writable", "readonly", "remap-root", "no-remap-root", "mount-home",
-        "no-mount-home", "entrypoint", "no-entrypoint", "entrypoint-log", "env", "unshare", "network",
+        "no-mount-home", "entrypoint", "no-entrypoint", "entrypoint-log", "slurm", "no-slurm", "env", "unshare",
+        "network",
     }  # fmt: skip
 
 
