@@ -43,6 +43,11 @@ class EnclosError(Exception):
             parts.append(f" on {node}")
         return printable("".join(parts))
 
+    def fields(self) -> list[tuple[str, str]]:
+        """The packet that says it to the agent."""
+        parts = [("subject", self.subject), ("what", self.what), ("cause", self.cause), ("hint", self.hint)]
+        return [("state", "error"), *parts]
+
     def __str__(self) -> str:
         return self.line()
 
@@ -217,6 +222,160 @@ def image_place_missing(reference: str, path: str, number: int) -> EnclosError:
         reason(number),
         "it has to be a directory, or missing",
     )
+
+
+# ---------------------------------------------------------------- images of registries and archives
+
+
+def bad_image_reference(reference: str, detail: str) -> EnclosError:
+    """Neither a path nor a reference."""
+    return UserError(
+        _image(reference),
+        "no such kind of image",
+        detail,
+        "give docker://REGISTRY/NAME:TAG, /PATH or ./PATH; see enclos-srun(1)",
+    )
+
+
+def registry_unknown(reference: str, registry: str) -> EnclosError:
+    """The registry's name has no address."""
+    return UserError(
+        _image(reference),
+        f"no such registry: {registry}",
+        "its name has no address",
+        "is the name right? 'docker://NAME' alone means Docker Hub",
+    )
+
+
+def registry_unreachable(reference: str, registry: str, cause: str) -> EnclosError:
+    """No connection to the registry."""
+    return UserError(
+        _image(reference),
+        f"cannot reach the registry {registry}",
+        cause,
+        "can this node reach it? 'enclos image pull' on a login node may help",
+    )
+
+
+def registry_tls(reference: str, registry: str, cause: str) -> EnclosError:
+    """The registry's certificate is not trusted, or it speaks no TLS."""
+    return AdminError(
+        _image(reference),
+        f"no secure connection to the registry {registry}",
+        cause,
+        f"{ADMIN}trust its certificate in /etc/containers/certs.d/{registry}, or mark it insecure in registries.conf",
+    )
+
+
+def registry_lost(reference: str, registry: str) -> EnclosError:
+    """The connection ended in the middle."""
+    return UserError(
+        _image(reference),
+        f"lost the connection to the registry {registry}",
+        hint="run it again: layers that are complete are kept",
+    )
+
+
+def image_unknown(reference: str, registry: str) -> EnclosError:
+    """The registry does not have the name, the tag or the digest."""
+    return UserError(
+        _image(reference),
+        "image not found",
+        f"the registry {registry} has no such name or tag",
+        "check name and tag; many registries also say this of images that you may not see",
+    )
+
+
+def image_unauthorized(reference: str, registry: str) -> EnclosError:
+    """The registry refuses, with the user's credentials or without."""
+    return UserError(
+        _image(reference),
+        "not allowed to pull the image",
+        f"the registry {registry} refuses",
+        f"'skopeo login {registry}' stores your credentials; they have to be in your home on the compute node too",
+    )
+
+
+def image_no_platform(reference: str, detail: str) -> EnclosError:
+    """An index without an image for this kind of node."""
+    return UserError(_image(reference), "image is not for this kind of node", detail, "choose another tag")
+
+
+def image_digest_mismatch(reference: str, wanted: str = "", found: str = "") -> EnclosError:
+    """What came is not what its digest says."""
+    return UserError(
+        _image(reference),
+        "image does not match its digest",
+        f"wanted {wanted[:19]}…, got {found[:19]}…" if wanted else "",
+        "possibly a damaged registry or proxy; it was not used",
+    )
+
+
+def image_policy(reference: str) -> EnclosError:
+    """policy.json of the node rejects the image."""
+    return UserError(
+        _image(reference),
+        "image is rejected by the policy of this site",
+        "/etc/containers/policy.json",
+        "use an image that is signed as the site wants it",
+    )
+
+
+def image_bad_manifest(reference: str, detail: str) -> EnclosError:
+    """The manifest or the configuration cannot be used."""
+    return UserError(_image(reference), "image cannot be used", detail, "build or push it again")
+
+
+def layer_bad(reference: str, digest: str, detail: str) -> EnclosError:
+    """A layer is no archive, or holds what no image may hold."""
+    subject = f"layer {digest[7:19]} of the image" if digest else "a layer of the image"
+    return UserError(_image(reference), f"{subject} is not usable", detail, "build the image again")
+
+
+def image_too_large(reference: str, detail: str, setting: str) -> EnclosError:
+    """A limit of the site."""
+    return UserError(
+        _image(reference), "image is larger than the site allows", detail, f"{ADMIN}{setting} in enclos.yaml"
+    )
+
+
+def store_full(reference: str) -> EnclosError:
+    """No space, or no quota, where images are kept."""
+    return AdminError(
+        _image(reference),
+        "no space left for images",
+        "disk or quota is full",
+        f"{ADMIN}images.cache_directory and images.cache_size in enclos.yaml",
+    )
+
+
+def store_failed(reference: str, directory: str, number: int) -> EnclosError:
+    """The cache cannot be written to."""
+    return AdminError(
+        _image(reference),
+        f"cannot write to the image cache {directory}",
+        reason(number),
+        f"{ADMIN}images.cache_directory in enclos.yaml",
+    )
+
+
+def import_failed(reference: str, detail: str) -> EnclosError:
+    """An import failed for a reason that has no text of its own."""
+    return UserError(_image(reference), "image cannot be imported", detail, "administrator: journalctl -u enclosd")
+
+
+def import_timed_out(reference: str, seconds: int) -> EnclosError:
+    """images.import_deadline_seconds."""
+    return UserError(
+        _image(reference),
+        f"the import took longer than {seconds} s",
+        hint="run it again: layers that are complete are kept; administrator: images.import_deadline_seconds",
+    )
+
+
+def program_missing(name: str) -> EnclosError:
+    """A program that imports need is not installed."""
+    return AdminError("images", f"the program {name} is not installed", hint=f"{ADMIN}install it; see 'enclos check'")
 
 
 # ---------------------------------------------------------------- mounts and directories

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 # operations: a plan is made of them, and a builder that had to import them would spend 20 ms on it.
 from enclos.runtime import builder, operations, relays, sweep, visitors
-from enclos.runtime.images import server
+from enclos.runtime.images import importing, server
 from enclos.runtime.protocol import Message
 
 
@@ -35,5 +35,6 @@ TASKS = {
         Task("sweep", sweep.run, True),
         Task("resolve", relays.resolve, True),
         Task("visitors", visitors.run, True),
+        Task("import", importing.run, True),
     )
 }

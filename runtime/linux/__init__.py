@@ -104,6 +104,7 @@ from enclos.runtime.linux.failure import (
 from enclos.runtime.linux.files import (
     close_other_descriptors,
     openat2,
+    watch_renames,
 )
 from enclos.runtime.linux.loop import (
     loop_attach,
@@ -233,4 +234,5 @@ __all__ = [
     "unmount",
     "unshare",
     "userns_with_map",
+    "watch_renames",
 ]

@@ -103,6 +103,9 @@ PR_SET_NO_NEW_PRIVS: Final = 38
 PR_CAP_AMBIENT: Final = 47
 PR_CAP_AMBIENT_CLEAR_ALL: Final = 4
 
+# linux/inotify.h
+IN_MOVED_TO: Final = 0x80
+
 
 def capability_mask(*bits: int) -> int:
     """The mask with these CAP_* bits set."""

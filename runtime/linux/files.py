@@ -1,9 +1,10 @@
-"""Descriptors: open below a directory that a user filled, and close what a fork inherited."""
+"""Descriptors: open below a directory that a user filled, close what a fork inherited, watch what appears."""
 
 import os
 from collections.abc import Iterable
 
 from enclos.runtime.linux._linux import lib
+from enclos.runtime.linux.constants import IN_MOVED_TO
 from enclos.runtime.linux.failure import check
 
 LAST_DESCRIPTOR = 2**32 - 1
@@ -24,3 +25,11 @@ def close_other_descriptors(keep: Iterable[int]) -> None:
         if first < fd:
             check(lib.enclos_close_range(first, fd - 1), f"descriptors {first}-{fd - 1}")
         first = fd + 1
+
+
+def watch_renames(path: str) -> int:
+    """A descriptor that is readable when a file has been renamed into a directory (inotify(7)).
+
+    Close-on-exec, the caller's. What one read of it returns says no more than that: list the directory then.
+    """
+    return check(lib.enclos_inotify(os.fsencode(path), IN_MOVED_TO), path)

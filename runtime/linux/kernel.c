@@ -19,6 +19,7 @@
 #include <stdio.h>
 #include <string.h>
 #include <sys/fsuid.h>
+#include <sys/inotify.h>
 #include <sys/ioctl.h>
 #include <sys/prctl.h>
 #include <sys/syscall.h>
@@ -304,4 +305,14 @@ int enclos_loop_configure(int loop_fd, int file_fd, const char *name)
 
 	snprintf((char *)config.info.lo_file_name, sizeof(config.info.lo_file_name), "%s", name);
 	return ioctl(loop_fd, LOOP_CONFIGURE, &config);
+}
+
+int enclos_inotify(const char *path, uint32_t events)
+{
+	int fd = inotify_init1(IN_CLOEXEC);
+
+	if (fd < 0 || inotify_add_watch(fd, path, events) >= 0)
+		return fd;
+	close(fd);
+	return -1;
 }

@@ -27,3 +27,5 @@ int enclos_seccomp(const void *program, size_t count);
 
 int enclos_loop_free(int control_fd);
 int enclos_loop_configure(int loop_fd, int file_fd, const char *name);
+
+int enclos_inotify(const char *path, uint32_t events);

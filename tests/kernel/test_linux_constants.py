@@ -11,6 +11,7 @@ from enclos.runtime.linux import constants
 KERNEL_HEADERS = [f"linux/{name}.h" for name in ("fcntl", "openat2", "mount", "sched", "capability", "prctl", "audit")]
 KERNEL_HEADERS.append("linux/nsfs.h")
 KERNEL_HEADERS.append("linux/seccomp.h")
+KERNEL_HEADERS.append("linux/inotify.h")
 C_LIBRARY_HEADERS = ["sys/mount.h"]
 C_LIBRARY_NAMES = {"MNT_FORCE", "MNT_DETACH", "UMOUNT_NOFOLLOW"}
 SECCOMP = {

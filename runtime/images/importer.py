@@ -1,0 +1,503 @@
+"""The importer: brings one image into the node's cache. Root, but it reads nothing of what it brings.
+
+A process of its own (importing.py starts it), one per import. It opens the user's credentials and archives as the
+user, gives the work directory to the slot's uid, starts sandboxes (sandbox.py) that fetch and convert, and names a
+part's file when its sandbox is dead and nobody can write to it any more. What it hears from a sandbox is digests and
+numbers.
+
+    agent -> importer   the order (Order); `build` with the parts that are there already
+    importer -> agent   `resolved`, then `progress`, `part` for each new one, and `done` or `error`
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import hashlib
+import os
+import select
+import shutil
+import socket
+import stat
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from enclos.runtime import errors, protocol
+from enclos.runtime.builder import Builder
+from enclos.runtime.images import convert, fetch, manifest, reference, sandbox
+from enclos.runtime.images.blob import BadBlob
+from enclos.runtime.images.convert import Layer, PackFailed, Packing
+from enclos.runtime.images.fetch import Credentials
+from enclos.runtime.images.flatten import BadLayer, Limits, NeedsBase, TooLarge
+from enclos.runtime.images.layout import Store
+from enclos.runtime.images.manifest import LayerInfo
+from enclos.runtime.images.reference import Reference
+from enclos.runtime.images.sandbox import Rights, Sandbox
+from enclos.runtime.images.tar import BadArchive
+from enclos.runtime.operations.common import open_as_user
+
+CONVERTERS = 4
+HASH_BYTES = 1 << 20
+FETCH_MEMORY = 2 << 30
+
+
+class Unwanted(Exception):
+    """The agent closed the channel: nobody waits for the image any more."""
+
+
+class Whole(Exception):
+    """A group of layers needs those below it: the image has to be merged as a whole."""
+
+
+@dataclass(frozen=True, slots=True)
+class Order:
+    """What the agent orders, as fields of one packet."""
+
+    image: str
+    default_registry: str
+    digest: str
+    uid: int
+    gid: int
+    groups: tuple[int, ...]
+    slot: int
+    store: str
+    auth_files: tuple[str, ...]
+    netrc_files: tuple[str, ...]
+    limits: Limits
+    memory: int
+    packing: Packing
+
+    @classmethod
+    def read(cls, message: protocol.Message) -> Order:
+        return cls(
+            message.get("image"),
+            message.get("default_registry"),
+            message.get("digest"),
+            message.number("uid"),
+            message.number("gid"),
+            tuple(int(text) for text in message.get("groups").split(",") if text),
+            message.number("slot"),
+            message.get("store"),
+            tuple(message.all("auth")),
+            tuple(message.all("netrc")),
+            Limits(message.number("limit_files"), message.number("limit_bytes")),
+            message.number("memory"),
+            Packing(message.get("compression"), message.number("level"), message.number("block")),
+        )
+
+    def fields(self) -> list[tuple[str, str]]:
+        return [
+            ("image", self.image),
+            ("default_registry", self.default_registry),
+            ("digest", self.digest),
+            ("uid", str(self.uid)),
+            ("gid", str(self.gid)),
+            ("groups", ",".join(map(str, self.groups))),
+            ("slot", str(self.slot)),
+            ("store", self.store),
+            *(("auth", path) for path in self.auth_files),
+            *(("netrc", path) for path in self.netrc_files),
+            ("limit_files", str(self.limits.members)),
+            ("limit_bytes", str(self.limits.bytes)),
+            ("memory", str(self.memory)),
+            ("compression", self.packing.compression),
+            ("level", str(self.packing.level)),
+            ("block", str(self.packing.block_bytes)),
+        ]
+
+
+@dataclass(frozen=True, slots=True)
+class Resolved:
+    """What the sandbox found out about the image."""
+
+    digest: str
+    layers: tuple[LayerInfo, ...]
+    config: LayerInfo
+
+
+def main() -> None:
+    """Entry point of the process; argv: the channel's descriptor, and that of the order."""
+    channel_fd, order_fd = int(sys.argv[1]), int(sys.argv[2])
+    os.set_inheritable(channel_fd, False)
+    with open(order_fd, "rb") as file:
+        file.seek(0)
+        order = Order.read(protocol.Message(protocol.decode(file.read())))
+    os.umask(0o077)
+    with socket.socket(fileno=channel_fd) as channel:
+        try:
+            Importer(channel, order).run()
+        except (Unwanted, ConnectionError):
+            sys.exit(1)
+        except errors.EnclosError as error:
+            with contextlib.suppress(ConnectionError):
+                protocol.send(channel, error.fields())
+            sys.exit(1)
+
+
+class Importer:
+    """One import from its order to its end."""
+
+    def __init__(self, channel: socket.socket, order: Order) -> None:
+        self._channel = channel
+        self._order = order
+        self._store = Store(order.store)
+        self._reference: Reference = reference.parse(order.image, order.default_registry)
+        self._running: list[Sandbox] = []
+
+    def run(self) -> None:
+        try:
+            if self._order.digest:
+                self._reference = self._reference.pinned(self._order.digest)
+            credentials = self._credentials()
+            resolved = self._resolve(credentials)
+            reuse = self._await_order()
+            self._import(resolved, credentials, reuse)
+        except OSError as error:
+            if error.errno in (errno.ENOSPC, errno.EDQUOT):
+                raise errors.store_full(self._order.image) from error
+            if error.errno in (errno.EROFS, errno.EACCES, errno.ENOENT, errno.EIO, errno.ENOTDIR):
+                raise errors.store_failed(self._order.image, self._order.store, error.errno) from error
+            raise
+        finally:
+            for running in self._running:
+                running.end()
+
+    # --- the user's files -------------------------------------------------------------------------------------
+
+    def _credentials(self) -> Credentials:
+        """Open what there is of the user's credentials, as the user; nothing of it is read here."""
+        order = self._order
+        with Builder(self._channel, order.uid, order.gid, order.groups).as_user():
+            found = [tuple(map(_open_text, paths)) for paths in (order.auth_files, order.netrc_files)]
+        return Credentials(*(tuple(fd for fd in fds if fd >= 0) for fds in found))
+
+    # --- resolving --------------------------------------------------------------------------------------------
+
+    def _resolve(self, credentials: Credentials) -> Resolved:
+        job = fetch.job_resolve(self._reference, credentials, self._order.limits.bytes)
+        running = self._start("resolve", job, self._fetch_rights(1 << 20), fds=credentials.fds)
+        message = self._receive(running)
+        if message is None:
+            raise errors.import_failed(self._order.image, _ended(running.wait()))
+        layers = tuple(_layer(text) for text in message.all("layer"))
+        resolved = Resolved(message.get("digest"), layers, _layer(message.get("config")))
+        self._end(running)
+        self._tell("resolved", ("digest", resolved.digest), ("private", message.get("private")),
+                   *(("layer", f"{layer.digest} {layer.bytes}") for layer in layers))  # fmt: skip
+        return resolved
+
+    def _await_order(self) -> frozenset[str]:
+        """The agent's word to go on, with the parts that need not be built."""
+        message = protocol.receive(self._channel)
+        if message is None:
+            raise Unwanted
+        return frozenset(message.all("part"))
+
+    def _fetch_rights(self, file_bytes: int) -> Rights:
+        return Rights(self._order.slot, True, FETCH_MEMORY, file_bytes)
+
+    # --- importing --------------------------------------------------------------------------------------------
+
+    def _import(self, resolved: Resolved, credentials: Credentials, reuse: frozenset[str]) -> None:
+        groups = manifest.group(resolved.layers)
+        try:
+            try:
+                self._build(resolved, credentials, groups, reuse)
+            except Whole:
+                self._stop()
+                self._tell("whole")
+                self._build(resolved, credentials, [resolved.layers], frozenset())
+        except errors.EnclosError as error:
+            self._stop()
+            # Blobs of a download that was cut off are worth keeping; those of an image that is no good are not.
+            if not _is_worth_keeping(error):
+                self._remove_work(resolved)
+            raise
+        self._stop()
+        self._remove_work(resolved)
+
+    def _build(
+        self, resolved: Resolved, credentials: Credentials, groups: Sequence[Sequence[LayerInfo]], reuse: frozenset[str]
+    ) -> None:
+        keys = [
+            manifest.part_key([layer.digest for layer in group], index == 0, self._order.packing)
+            for index, group in enumerate(groups)
+        ]
+        wanted = [index for index, key in enumerate(keys) if key not in reuse]
+        needed = {layer.digest for index in wanted for layer in groups[index]}
+        self._prepare_work(resolved, needed)
+        largest = max([layer.bytes for layer in resolved.layers], default=0)
+        job = fetch.job_download(self._reference, credentials, resolved.digest, resolved.layers, resolved.config)
+        work = self._store.work_path(resolved.digest)
+        fetcher = self._start("fetch", job, self._fetch_rights(largest + (1 << 20)), work, credentials.fds)
+        Build(self, fetcher, work, groups, keys, wanted).run()
+
+    def _prepare_work(self, resolved: Resolved, needed: set[str]) -> None:
+        """The work directory, the slot's now. An empty file stands for a layer that need not be fetched (fetch.py)."""
+        work = self._store.work_path(resolved.digest)
+        blobs = f"{work}/blobs/sha256"
+        os.makedirs(blobs, 0o700, exist_ok=True)
+        for layer in resolved.layers:
+            path = f"{blobs}/{layer.digest.partition(':')[2]}"
+            if layer.digest not in needed and not os.path.lexists(path):
+                os.close(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600))
+            elif layer.digest in needed and os.path.lexists(path) and os.lstat(path).st_size == 0:
+                os.unlink(path)
+        for directory, names, files in os.walk(work):
+            for path in (directory, *(os.path.join(directory, name) for name in [*names, *files])):
+                os.chown(path, self._order.slot, self._order.slot, follow_symlinks=False)
+
+    def _remove_work(self, resolved: Resolved) -> None:
+        # rmtree() of this Python does not follow symlinks that appear, and nobody is left to make some.
+        shutil.rmtree(self._store.work_path(resolved.digest), ignore_errors=True)
+
+    # --- sandboxes --------------------------------------------------------------------------------------------
+
+    def _start(
+        self, name: str, job: sandbox.Job, rights: Rights, work: str = "", fds: Sequence[int] = ()
+    ) -> Sandbox:
+        running = sandbox.start(name, job, rights, work, fds)
+        self._running.append(running)
+        return running
+
+    def _end(self, running: Sandbox) -> None:
+        self._running.remove(running)
+        running.end()
+
+    def _stop(self) -> None:
+        while self._running:
+            self._running.pop().end()
+
+    def _receive(self, running: Sandbox) -> protocol.Message | None:
+        """The next message of one sandbox, while the agent is there; raises the error that it reports."""
+        (ready,) = self.await_any([running])[:1]
+        return self.message_of(ready)
+
+    def await_any(self, sandboxes: Sequence[Sandbox]) -> list[Sandbox]:
+        """Wait until some of these have something to say, or have ended. Raises Unwanted."""
+        poller = select.poll()
+        poller.register(self._channel, select.POLLIN)
+        by_fd = {running.channel.fileno(): running for running in sandboxes}
+        for fd in by_fd:
+            poller.register(fd, select.POLLIN)
+        ready = [fd for fd, _ in poller.poll()]
+        if self._channel.fileno() in ready:
+            raise Unwanted  # It says nothing while this works: it has closed.
+        return [by_fd[fd] for fd in ready]
+
+    @staticmethod
+    def message_of(running: Sandbox) -> protocol.Message | None:
+        """What a sandbox says; None at its end. Raises the error that it reports."""
+        try:
+            message = protocol.receive(running.channel)
+        except ConnectionError:
+            return None
+        if message is not None:
+            message.close()  # A sandbox has no descriptors to give.
+            if message.get("state") == "error":
+                parts = (message.get(part) for part in ("subject", "what", "cause", "hint"))
+                raise errors.EnclosError(*parts)
+        return message
+
+    def _tell(self, state: str, *fields: tuple[str, str]) -> None:
+        protocol.send(self._channel, [("state", state), *fields])
+
+
+class Build:
+    """Fetching and converting side by side: a group of layers is converted as soon as its last blob is there."""
+
+    def __init__(
+        self,
+        importer: Importer,
+        fetcher: Sandbox,
+        work: str,
+        groups: Sequence[Sequence[LayerInfo]],
+        keys: Sequence[str],
+        wanted: Sequence[int],
+    ) -> None:
+        self._importer = importer
+        self._order = importer._order
+        self._fetcher: Sandbox | None = fetcher
+        self._work = work
+        self._groups = groups
+        self._keys = keys
+        self._waiting = list(wanted)
+        self._total = len(wanted)
+        self._arrived: set[str] = set()
+        self._converting: dict[Sandbox, tuple[int, int]] = {}
+        self._config: str | None = None
+
+    def run(self) -> None:
+        try:
+            while self._fetcher is not None or self._waiting or self._converting:
+                self._start_converters()
+                fetchers = [self._fetcher] if self._fetcher is not None else []
+                for ready in self._importer.await_any([*fetchers, *self._converting]):
+                    if ready is self._fetcher:
+                        self._hear_fetcher(ready)
+                    else:
+                        self._hear_converter(ready)
+        finally:
+            for _, output_fd in self._converting.values():
+                os.close(output_fd)
+        self._importer._tell("done", ("config", self._config or "{}"))
+
+    def _hear_fetcher(self, fetcher: Sandbox) -> None:
+        message = self._importer.message_of(fetcher)
+        if message is None:
+            status = fetcher.wait()
+            self._importer._end(fetcher)
+            self._fetcher = None
+            if self._config is None:
+                raise errors.import_failed(self._order.image, _ended(status))
+            missing = {layer.digest for index in self._waiting for layer in self._groups[index]} - self._arrived
+            if missing:
+                raise errors.import_failed(self._order.image, "a layer did not arrive")
+        elif message.get("state") == "blob":
+            self._arrived.add(message.get("digest"))
+        elif message.get("state") == "config":
+            self._config = message.get("text")
+
+    def _start_converters(self) -> None:
+        limit = min(os.cpu_count() or 1, CONVERTERS)
+        for index in list(self._waiting):
+            if len(self._converting) >= limit:
+                break
+            if all(layer.digest in self._arrived for layer in self._groups[index]):
+                self._waiting.remove(index)
+                self._convert(index)
+
+    def _convert(self, index: int) -> None:
+        order = self._order
+        group = self._groups[index]
+        output_fd = self._importer._store.part_file()
+        with contextlib.ExitStack() as stack:
+            stack.callback(os.close, output_fd)
+            os.fchown(output_fd, order.slot, order.slot)
+            blobs = []
+            for layer in group:
+                blobs.append(_open_blob(f"{self._work}/blobs/sha256/{layer.digest.partition(':')[2]}"))
+                stack.callback(os.close, blobs[-1])
+            job = job_convert(order, blobs, [layer.digest for layer in group], index == 0, output_fd)
+            rights = Rights(order.slot, False, order.memory, order.limits.bytes)
+            running = self._importer._start("convert", job, rights, fds=[output_fd, *blobs])
+            self._converting[running] = (index, os.dup(output_fd))
+
+    def _hear_converter(self, running: Sandbox) -> None:
+        message = self._importer.message_of(running)
+        if message is None:
+            raise errors.import_failed(self._order.image, _ended(running.wait()))
+        if message.get("state") == "whole":
+            raise Whole
+        index, output_fd = self._converting.pop(running)
+        try:
+            # Until the last process of the sandbox is dead, the file may change.
+            running.wait()
+            self._importer._end(running)
+            size, digest = finish_part(self._importer._store, output_fd, self._keys[index])
+        finally:
+            os.close(output_fd)
+        self._importer._tell("part", ("key", self._keys[index]), ("bytes", str(size)), ("sha256", digest))
+        left = len(self._waiting) + len(self._converting)
+        self._importer._tell("progress", ("text", f"{self._total - left} of {self._total} parts"))
+
+
+def job_convert(
+    order: Order, blob_fds: Sequence[int], digests: Sequence[str], lowest: bool, output_fd: int
+) -> Callable[[socket.socket], None]:
+    """The sandbox's job: some layers to one squashfs file, which is open already."""
+
+    def run(channel: socket.socket) -> None:
+        shown = digests[-1] if len(digests) == 1 else ""
+        layers = [Layer(lambda fd=fd: os.dup(fd), digest) for fd, digest in zip(blob_fds, digests, strict=True)]  # type: ignore[misc]
+        try:
+            convert.pack(layers, lowest, order.limits, order.packing, f"/proc/self/fd/{output_fd}")
+        except NeedsBase:
+            protocol.send(channel, [("state", "whole")])
+        except TooLarge as error:
+            setting = "images.limit_files" if "files" in str(error) else "images.limit_bytes"
+            protocol.send(channel, errors.image_too_large(order.image, str(error), setting).fields())
+        except BadArchive as error:
+            protocol.send(channel, errors.layer_bad(order.image, shown, f"no tar archive: {error}").fields())
+        except (BadLayer, BadBlob) as error:
+            protocol.send(channel, errors.layer_bad(order.image, shown, str(error)).fields())
+        except MemoryError:
+            detail = f"its names need more than {order.memory} bytes of memory"
+            protocol.send(channel, errors.image_too_large(order.image, detail, "images.import_memory").fields())
+        except PackFailed as error:
+            full = any(words in str(error) for words in ("No space left", "quota exceeded"))
+            failed = errors.store_full(order.image) if full else errors.import_failed(order.image, str(error))
+            protocol.send(channel, failed.fields())
+        else:
+            protocol.send(channel, [("state", "packed")])
+
+    return run
+
+
+def finish_part(store: Store, output_fd: int, key: str) -> tuple[int, str]:
+    """Give a part its name, when nobody can change it any more; its size and SHA-256.
+
+    Raises:
+        BlockingIOError: somebody still has it open for writing.
+    """
+    fd = os.open(f"/proc/self/fd/{output_fd}", os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        os.fchown(fd, 0, 0)
+        os.fchmod(fd, 0o444)
+        # The caller's own descriptor may write; it becomes the read-only one.
+        os.dup2(fd, output_fd, inheritable=False)
+        # The kernel grants a read lease on a file that nobody has open for writing (F_SETLEASE in fcntl(2)).
+        fcntl.fcntl(fd, fcntl.F_SETLEASE, fcntl.F_RDLCK)
+        fcntl.fcntl(fd, fcntl.F_SETLEASE, fcntl.F_UNLCK)
+        digest = file_digest(fd)
+        store.keep_part(fd, key)
+        return os.fstat(fd).st_size, digest
+    finally:
+        os.close(fd)
+
+
+def file_digest(fd: int) -> str:
+    digest = hashlib.sha256()
+    offset = 0
+    while data := os.pread(fd, HASH_BYTES, offset):
+        digest.update(data)
+        offset += len(data)
+    return digest.hexdigest()
+
+
+def _open_text(path: str) -> int:
+    """A regular file of the user's, or -1: missing or unreadable credentials are none."""
+    try:
+        fd = open_as_user(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY)
+    except OSError:
+        return -1
+    if stat.S_ISREG(os.fstat(fd).st_mode):
+        return fd
+    os.close(fd)
+    return -1
+
+
+def _open_blob(path: str) -> int:
+    """A blob in a directory that is the slot's: it may have put anything there."""
+    fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+    if not stat.S_ISREG(os.fstat(fd).st_mode):
+        os.close(fd)
+        raise OSError(errno.EIO, "not a regular file", path)
+    return fd
+
+
+def _layer(text: str) -> LayerInfo:
+    digest, _, size = text.partition(" ")
+    return LayerInfo(digest, int(size))
+
+
+def _ended(status: int) -> str:
+    if status > 128:
+        return f"the importer was ended by signal {status - 128}"
+    return f"the importer ended with {status}"
+
+
+def _is_worth_keeping(error: errors.EnclosError) -> bool:
+    return error.what.startswith(("lost the connection", "cannot reach"))
