@@ -345,7 +345,7 @@ def store_full(reference: str) -> EnclosError:
         _image(reference),
         "no space left for images",
         "disk or quota is full",
-        f"{ADMIN}images.cache_directory and images.cache_size in enclos.yaml",
+        f"{ADMIN}imports.cache_directory and imports.cache_size in enclos.yaml",
     )
 
 
@@ -355,7 +355,7 @@ def store_failed(reference: str, directory: str, number: int) -> EnclosError:
         _image(reference),
         f"cannot write to the image cache {directory}",
         reason(number),
-        f"{ADMIN}images.cache_directory in enclos.yaml",
+        f"{ADMIN}imports.cache_directory in enclos.yaml",
     )
 
 
@@ -365,11 +365,11 @@ def import_failed(reference: str, detail: str) -> EnclosError:
 
 
 def import_timed_out(reference: str, seconds: int) -> EnclosError:
-    """images.import_deadline_seconds."""
+    """imports.deadline_seconds."""
     return UserError(
         _image(reference),
         f"the import took longer than {seconds} s",
-        hint="run it again: layers that are complete are kept; administrator: images.import_deadline_seconds",
+        hint="run it again: layers that are complete are kept; administrator: imports.deadline_seconds",
     )
 
 

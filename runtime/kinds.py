@@ -128,6 +128,33 @@ class Size(Kind):
         }
 
 
+class Amount(Kind):
+    """A number of bytes, with a suffix; `amount` makes a number of it."""
+
+    PATTERN = r"[1-9][0-9]{0,17}[KMGT]?"
+
+    def check(self, value: object) -> str:
+        if isinstance(value, int) and not isinstance(value, bool):
+            value = str(value)
+        if not isinstance(value, str) or re.fullmatch(self.PATTERN, value) is None:
+            raise ValueError(f"expected {self.describe()}")
+        return value
+
+    def describe(self) -> str:
+        return "a size such as 512M or 100G"
+
+    def schema(self) -> dict[str, Any]:
+        return {
+            "anyOf": [{"type": "string", "pattern": f"^({self.PATTERN})$"}, {"type": "integer", "minimum": 1}]
+        }
+
+
+def amount(text: str) -> int:
+    """The bytes of a value that Amount has checked."""
+    factor = {"K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}.get(text[-1], 1)
+    return int(text.rstrip("KMGT")) * factor
+
+
 class Block(Kind):
     """A block of addresses, in prefix notation without host bits."""
 

@@ -22,7 +22,7 @@ from typing import Any, TypeVar
 
 from enclos.runtime import early
 from enclos.runtime.early import Check
-from enclos.runtime.kinds import Block, Choice, Flag, Kind, Number, Several, SiteMount, Size, Text
+from enclos.runtime.kinds import Amount, Block, Choice, Flag, Kind, Number, Several, SiteMount, Size, Text
 
 T = TypeVar("T")
 
@@ -146,6 +146,61 @@ class Images:
 
 
 @dataclass(frozen=True, slots=True)
+class Imports:
+    """How images of registries and archives come into the node's cache."""
+
+    default_registry: str = setting(
+        "",
+        Text(
+            r"|[A-Za-z0-9.\[\]:-]+(/[a-z0-9._/-]+)?",
+            "REGISTRY[:PORT][/PREFIX], or empty",
+        ),
+        "Registry of images that are named without one, as NAME:TAG. Empty: they are not found. 'docker.io/library' "
+        "is where docker finds its own.",
+    )
+    cache_directory: str = setting(
+        "/var/cache/enclos",
+        Text(r"/[^\s:,\\]*", "an absolute path"),
+        "Directory of the node's cache, on a local disk. It belongs to root, and no user can enter it.",
+    )
+    cache_size: str = setting(
+        "100G",
+        Amount(),
+        "Most that the cache may hold. Images that were not used for longest go first, those in use stay.",
+    )
+    deadline_seconds: int = setting(3600, Number(10, 86400), "Seconds that an import may take.")
+    slots: int = setting(4, Number(1, 64), "Imports that a node makes at the same time; others wait.")
+    first_uid: int = setting(
+        65520,
+        Number(1, 4294967000),
+        "The first of as many user ids as there are imports.slots. Each import has one of its own, which may belong "
+        "to nobody and own nothing.",
+    )
+    memory: str = setting("1G", Amount(), "Most memory of each process that converts layers.")
+    limit_files: int = setting(
+        1000000, Number(1000, 100000000), "Most files that an image may have. A million need about 400 MB of memory."
+    )
+    limit_bytes: str = setting("100G", Amount(), "Most bytes that an image may have, downloaded and unpacked.")
+    compression: str = setting(
+        "zstd",
+        Choice("zstd", "lz4", "gzip", "xz"),
+        "Compression of imported images. zstd at a low level starts fast and is small; lz4 is larger.",
+    )
+    level: int = setting(1, Number(0, 22), "Level of that compression; 0 for its own default. Not for lz4.")
+    block_size: str = setting(
+        "128K",
+        Choice("64K", "128K", "256K", "512K", "1M"),
+        "Block size of imported images: larger ones are smaller on disk, and slower where little of a file is read.",
+    )
+    verify: str = setting(
+        "boot",
+        Choice("boot", "never"),
+        "When the bytes of a cached image are compared with their checksum: 'boot', at its first use after the node "
+        "has booted, which takes about a second per GB; 'never'.",
+    )
+
+
+@dataclass(frozen=True, slots=True)
 class Underlay:
     """The network between the nodes that carries the containers' traffic."""
 
@@ -229,6 +284,7 @@ class Config:
     rootfs: Rootfs = section(Rootfs)
     mounts: Mounts = section(Mounts)
     images: Images = section(Images)
+    imports: Imports = section(Imports)
     network: Network = section(Network)
     devices: Devices = section(Devices)
     log: Log = section(Log)

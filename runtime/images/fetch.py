@@ -171,7 +171,7 @@ def _inspect(reference: Reference) -> bytes:
 def _check_size(reference: Reference, found: Manifest, limit_bytes: int) -> None:
     total = sum(layer.bytes for layer in found.layers)
     if total > limit_bytes:
-        raise errors.image_too_large(reference.text, f"{total} bytes to download", "images.limit_bytes")
+        raise errors.image_too_large(reference.text, f"{total} bytes to download", "imports.limit_bytes")
 
 
 def _download(

@@ -417,7 +417,7 @@ def job_convert(
         except NeedsBase:
             protocol.send(channel, [("state", "whole")])
         except TooLarge as error:
-            setting = "images.limit_files" if "files" in str(error) else "images.limit_bytes"
+            setting = "imports.limit_files" if "files" in str(error) else "imports.limit_bytes"
             protocol.send(channel, errors.image_too_large(order.image, str(error), setting).fields())
         except BadArchive as error:
             protocol.send(channel, errors.layer_bad(order.image, shown, f"no tar archive: {error}").fields())
@@ -425,7 +425,7 @@ def job_convert(
             protocol.send(channel, errors.layer_bad(order.image, shown, str(error)).fields())
         except MemoryError:
             detail = f"its names need more than {order.memory} bytes of memory"
-            protocol.send(channel, errors.image_too_large(order.image, detail, "images.import_memory").fields())
+            protocol.send(channel, errors.image_too_large(order.image, detail, "imports.memory").fields())
         except PackFailed as error:
             full = any(words in str(error) for words in ("No space left", "quota exceeded"))
             failed = errors.store_full(order.image) if full else errors.import_failed(order.image, str(error))

@@ -23,6 +23,7 @@ GOLDEN = ROOT / "tests/golden/errors.txt"
 PAGE = ROOT / "docs/errors.md"
 
 IMAGE = "/images/mpi.sqsh"
+TOOL = "docker://registry.site:5000/group/tool:1.2"
 MOUNT = ("/scratch/in", "/in")
 CONF = "/etc/enclos/enclos.yaml"
 
@@ -39,6 +40,24 @@ SAMPLES: dict[str, tuple[object, ...]] = {
     "image_server_missing": (),
     "image_fuse_failed": (errno.ENODEV,),
     "image_place_missing": (IMAGE, "/proc", errno.ENOTDIR),
+    "bad_image_reference": ("ubuntu:24.04", "it is no path, and the site has no default registry"),
+    "registry_unknown": (TOOL, "registry.site:5000"),
+    "registry_unreachable": (TOOL, "registry.site:5000", "connection refused"),
+    "registry_tls": (TOOL, "registry.site:5000", "x509: certificate signed by unknown authority"),
+    "registry_lost": (TOOL, "registry.site:5000"),
+    "image_unknown": (TOOL, "registry.site:5000"),
+    "image_unauthorized": (TOOL, "registry.site:5000"),
+    "image_no_platform": (TOOL, "no image for linux/amd64, only for linux/arm64"),
+    "image_digest_mismatch": (TOOL, f"sha256:{'ab' * 32}", f"sha256:{'cd' * 32}"),
+    "image_policy": (TOOL,),
+    "image_bad_manifest": (TOOL, "it has no layers"),
+    "layer_bad": (TOOL, f"sha256:{'ab' * 32}", "the member ../etc/passwd has '..' in its path"),
+    "image_too_large": (TOOL, "more than 1000000 files", "imports.limit_files"),
+    "store_full": (TOOL,),
+    "store_failed": (TOOL, "/var/cache/enclos", errno.EROFS),
+    "import_failed": (TOOL, "a layer did not arrive"),
+    "import_timed_out": (TOOL, 3600),
+    "program_missing": ("skopeo",),
     "bad_mount_syntax": ("/data:", "empty target"),
     "mount_source_missing": MOUNT,
     "mount_source_denied": MOUNT,
