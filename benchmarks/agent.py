@@ -43,7 +43,7 @@ SLACK_KB = 128
 Python's free lists of tuples grow by 2 kB per step, up to a megabyte, until a full collection empties them.
 """
 SETTLE_SECONDS = 30.0
-STAYING = ("enclos-zygote", "enclos-visitors")
+STAYING = ("enclos-zygote", "enclos-spare", "enclos-visitors")
 """Processes that are there without any step, beside the agent itself."""
 
 

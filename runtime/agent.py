@@ -38,6 +38,9 @@ TEXT_CHARACTERS = 2000
 # would grow by 2 kB a step up to their limits.
 COLLECT_STEPS = 32
 
+# The next builder is forked ahead when a step has ended, or this long after the last one began: its tasks have started.
+SPARE_SECONDS = 1.0
+
 # Parts of the reply to JOIN, in the order in which the shim needs them.
 DESCRIPTOR_ORDER = ("net", "user", "mnt", "ipc", "uts", "seccomp", "entrypoint")
 
@@ -52,6 +55,7 @@ class Agent:
         self._ended = 0
         self._steps: dict[tuple[int, int], Step] = {}
         self._watchers: set[asyncio.Task[None]] = set()
+        self._spare_order: asyncio.TimerHandle | None = None
 
     # --- the shim ---------------------------------------------------------------------------------------------
 
@@ -145,7 +149,17 @@ class Agent:
             os.close(stepd_pidfd)
             raise errors.bad_request(f"stepd={wanted.stepd}: {errors.reason(error.errno or 0)}") from error
         self.watch(step)
+        if self._spare_order is not None:
+            self._spare_order.cancel()
+        self._spare_order = asyncio.get_running_loop().call_later(SPARE_SECONDS, self._order_spare)
         return step
+
+    def _order_spare(self) -> None:
+        """Have the next step's builder forked, off the way of any step."""
+        if self._spare_order is not None:
+            self._spare_order.cancel()
+            self._spare_order = None
+        self.around.spawner.order_spare()
 
     def watch(self, step: Step) -> None:
         """Tie the step's end to that of its slurmstepd."""
@@ -157,6 +171,8 @@ class Agent:
     async def _watch(self, step: Step) -> None:
         await step.watch(self._forget)
         await self.around.jobs.step_ended(step.key[0], self._busy())
+        if not any(other.record["state"] == "building" for other in self._steps.values()):
+            self._order_spare()
 
     def _watched(self, watcher: asyncio.Task[None]) -> None:
         self._watchers.discard(watcher)

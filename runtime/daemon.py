@@ -96,6 +96,8 @@ async def run(config_path: str, node: str) -> None:
     around = Surroundings(node, loaded.config, stage, journal, spawner, images, jobs)
     agent = Agent(around, loaded.path)
     adoption.adopt(agent)
+    if loaded.config.step.spare_builder:
+        spawner.keep_spare()
     await _serve(agent, gate)
     images.close()
     await spawner.stop()

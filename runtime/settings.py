@@ -70,6 +70,12 @@ class Step:
         "Run an image's entrypoint before the tasks when the user gives neither --container-entrypoint nor "
         "--no-container-entrypoint.",
     )
+    spare_builder: bool = setting(
+        True,
+        Flag(),
+        "Keep a process that waits to make the next container. Steps start some milliseconds earlier; it "
+        "takes about 4 MB of memory and sleeps.",
+    )
     allow_root: bool = setting(
         False,
         Flag(),

@@ -104,6 +104,8 @@ class Spawner:
         self._process: subprocess.Popen[bytes] | None = None
         self._watch: asyncio.Task[None] | None = None
         self._available = asyncio.Event()
+        self._keeps_spare = False
+        self._spare: Child | None = None
 
     async def start(self) -> None:
         """Start the zygote and wait until it can fork; raises ChildDied when it can't be started."""
@@ -118,6 +120,7 @@ class Spawner:
             raise ChildDied
         self._control = control
         self._available.set()
+        self.order_spare()
         self._watch = asyncio.create_task(self._restart_when_gone(control))
 
     async def _restart_when_gone(self, control: Connection) -> None:
@@ -146,11 +149,17 @@ class Spawner:
     def spawn(self, task: str, fields: protocol.Fields = (), fds: Sequence[int] = ()) -> Child:
         """Ask for a child; the caller keeps its descriptors and closes the returned child.
 
+        A builder may have been forked ahead (spare.py): then it gets the request, and nobody forks.
+
         Raises:
             ChildDied: there is no zygote at this moment.
         """
         if self._control is None:
             raise ChildDied
+        if task == "build" and (spare := self._take_spare()) is not None:
+            if spare.channel.send([("task", task), *fields], fds):
+                return spare
+            spare.close()
         mine, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         with theirs:
             sent = self._control.send([("task", task), *fields], [theirs.fileno(), *fds])
@@ -159,8 +168,29 @@ class Spawner:
             raise ChildDied
         return Child(Connection(mine))
 
+    def keep_spare(self) -> None:
+        """From now on a builder forked ahead is wanted: the first one at once, others as they are ordered."""
+        self._keeps_spare = True
+        self.order_spare()
+
+    def order_spare(self) -> None:
+        """Have a builder forked ahead if one is wanted and there is none; each zygote begins with one."""
+        if self._keeps_spare and (self._spare is None or self._spare.channel.hung_up()):
+            self._drop_spare()
+            with contextlib.suppress(ChildDied):
+                self._spare = self.spawn("spare")
+
+    def _take_spare(self) -> Child | None:
+        spare, self._spare = self._spare, None
+        return spare
+
+    def _drop_spare(self) -> None:
+        if (spare := self._take_spare()) is not None:
+            spare.close()
+
     async def stop(self) -> None:
         """Let the zygote end by closing its control socket."""
+        self._drop_spare()
         if self._watch is not None:
             self._watch.cancel()
         if self._control is not None:

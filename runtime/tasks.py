@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 # operations: a plan is made of them, and a builder that had to import them would spend 20 ms on it.
-from enclos.runtime import builder, operations, relays, sweep, visitors
+from enclos.runtime import builder, operations, relays, spare, sweep, visitors
 from enclos.runtime.images import importing, server
 from enclos.runtime.protocol import Message
 
@@ -30,6 +30,7 @@ TASKS = {
     task.name: task
     for task in (
         Task("build", builder.build, True),
+        Task("spare", spare.run, True),
         Task("relay", relays.run, False),
         Task("serve", server.run, False),
         Task("sweep", sweep.run, True),

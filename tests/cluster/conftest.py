@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import re
 import subprocess
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Protocol
 
@@ -17,6 +17,7 @@ from enclos.runtime.cluster import image as images
 from enclos.runtime.cluster.cluster import Cluster
 from enclos.runtime.cluster.leftovers import Snapshot, await_same, snapshot
 from enclos.runtime.cluster.releases import own_slurm
+from faults import await_spares, spare, zygote
 
 Result = subprocess.CompletedProcess[str]
 
@@ -138,6 +139,7 @@ class Leftovers:
 
     def __init__(self, cluster: Cluster) -> None:
         self.cluster = cluster
+        await_spares(cluster)
         self.before: Snapshot = snapshot(cluster)
 
     def rows(self, timeout: float = 10, *, exact: bool = True) -> list[str]:
@@ -161,9 +163,38 @@ def fragile(make_cluster: Callable[..., Cluster]) -> Cluster:
 
     An image is unmounted as soon as nobody uses it, so that each step mounts one, and a count afterwards is exact.
     """
-    made = make_cluster(2, config="images:\n  idle_seconds: 0\nstep:\n  build_deadline_seconds: 6\n")
+    made = make_cluster(2, config=FRAGILE)
     images.install(made.layout.images)
     return made
+
+
+FRAGILE = "images:\n  idle_seconds: 0\nstep:\n  build_deadline_seconds: 6\n"
+
+
+@pytest.fixture(scope="module", params=["fresh", "spare"])
+def origin(fragile: Cluster, request: pytest.FixtureRequest) -> Iterator[Callable[[], Sequence[int]]]:
+    """The processes to follow to meet the next builder on the first node: both ways in which one may come to be.
+
+    A fresh one is forked for its step, by the zygote; a spare one has been forked before and waits.
+    """
+    if request.param == "spare":
+
+        def follow() -> Sequence[int]:
+            try:
+                waiting = spare(fragile, "n1", timeout=1)
+            except TimeoutError:  # A test has killed it; another is forked when a step has ended.
+                fragile.run("srun -w n1 --container-image=/images/openmpi.sqsh true", user="usera")
+                waiting = spare(fragile, "n1")
+            return zygote(fragile, "n1"), waiting
+
+        yield follow
+        return
+    path = fragile.layout.node_etc("n1") / "enclos.yaml"
+    path.write_text(f"{FRAGILE}  spare_builder: false\n")
+    fragile.restart_agent("n1")
+    yield lambda: [zygote(fragile, "n1")]
+    path.write_text(FRAGILE)
+    fragile.restart_agent("n1")
 
 
 @pytest.fixture

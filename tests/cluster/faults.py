@@ -14,11 +14,11 @@ import subprocess
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from enclos.runtime.cluster.cluster import Cluster
+from enclos.runtime.cluster.cluster import Cluster, ClusterError
 
 # What the operations of a plan, and the talk between builder and agent, are made of. Not recvmsg: the zygote itself
 # would stop there. The signal comes when the call returns, so after sendmsg it meets a builder that waits.
@@ -56,6 +56,27 @@ def child(parent: int, name: str, timeout: float = 5) -> int:
     raise TimeoutError(f"{parent} has no child {name}")
 
 
+def spare(cluster: Cluster, node: str, timeout: float = 5) -> int:
+    """Pid of the builder forked ahead on a node, when it waits; TimeoutError when there is none."""
+    deadline = time.monotonic() + timeout
+    while time.monotonic() < deadline:
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError):  # One of them is just ending.
+            pid = child(zygote(cluster, node), "enclos-spare", timeout)
+            if Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "S":
+                return pid
+        time.sleep(0.002)
+    raise TimeoutError("no spare builder waits")
+
+
+def await_spares(cluster: Cluster) -> None:
+    """Wait until each agent that keeps a spare builder has one: it is ordered when a step has ended."""
+    for node in cluster.nodes:
+        settings = (cluster.layout.node_etc(node) / "enclos.yaml").read_text()
+        with contextlib.suppress(ClusterError):  # No agent runs there.
+            if cluster.agent_pid(node) and "spare_builder: false" not in settings:
+                spare(cluster, node)
+
+
 def processes(cluster: Cluster, node: str, name: str) -> list[int]:
     """Pids of a node's processes of that name, zombies left out."""
     found = []
@@ -66,27 +87,51 @@ def processes(cluster: Cluster, node: str, name: str) -> list[int]:
     return found
 
 
-def points(cluster: Cluster, node: str, run: list[str]) -> list[Point]:
-    """Every system call of CALLS that the builder of a step makes, as found by watching one; `run` makes the step."""
+def points(cluster: Cluster, pids: Sequence[int], run: list[str]) -> list[Point]:
+    """Every system call of CALLS that the builder of a step makes, as found by watching one; `run` makes the step.
+
+    Args:
+        pids: the processes of which the builder is one, or a child.
+    """
+    with _watching(pids) as calls:
+        done = cluster.run(run, user="usera", timeout=60)
+        assert done.returncode == 0, done.stderr
+    return _counted(calls, next(pid for pid, call in calls if call == "unshare"))
+
+
+def rehearsal_points(cluster: Cluster, node: str, order: Callable[[], object]) -> list[Point]:
+    """The same of a spare builder up to where it waits; `order` has one forked by a step that needs none."""
+    kill(spare(cluster, node))
+    with _watching([zygote(cluster, node)]) as calls:
+        order()
+        waiting = spare(cluster, node)
+    return _counted(calls, waiting)
+
+
+@contextlib.contextmanager
+def _watching(pids: Sequence[int]) -> Iterator[list[tuple[int, str]]]:
+    """The system calls of CALLS that these processes and their children make meanwhile, with pids; full at the end."""
+    calls: list[tuple[int, str]] = []
     with tempfile.NamedTemporaryFile("r", prefix="enclos-trace-") as output:
-        command = ["strace", "-f", "-qq", "-o", output.name, "-e", f"trace={','.join(CALLS)}"]
-        tracer = _attach(command, zygote(cluster, node))
+        tracer = _attach(["strace", "-f", "-qq", "-o", output.name, "-e", f"trace={','.join(CALLS)}"], pids)
         try:
-            done = cluster.run(run, user="usera", timeout=60)
-            assert done.returncode == 0, done.stderr
+            yield calls
         finally:
             tracer.send_signal(signal.SIGINT)
             tracer.wait(10)
-        calls = [match.groups() for line in output if (match := CALLED.match(line))]
-    builder = next(pid for pid, call in calls if call == "unshare")
+        calls += [(int(match[1]), match[2]) for line in output if (match := CALLED.match(line))]
+
+
+def _counted(calls: Sequence[tuple[int, str]], builder: int) -> list[Point]:
     counted = Counter(call for pid, call in calls if pid == builder)
     return [Point(call, number) for call, times in counted.items() for number in range(1, times + 1)]
 
 
-def _attach(command: list[str], pid: int) -> subprocess.Popen[str]:
-    tracer = subprocess.Popen([*command, "-p", str(pid)], stderr=subprocess.PIPE, text=True)
+def _attach(command: list[str], pids: Sequence[int]) -> subprocess.Popen[str]:
+    options = [word for pid in pids for word in ("-p", str(pid))]
+    tracer = subprocess.Popen([*command, *options], stderr=subprocess.PIPE, text=True)
     deadline = time.monotonic() + 10
-    while f"TracerPid:\t{tracer.pid}\n" not in Path(f"/proc/{pid}/status").read_text():
+    while any(f"TracerPid:\t{tracer.pid}\n" not in Path(f"/proc/{pid}/status").read_text() for pid in pids):
         assert tracer.poll() is None, tracer.communicate()[1]
         assert time.monotonic() < deadline, "strace does not attach"
         time.sleep(0.002)
@@ -94,11 +139,11 @@ def _attach(command: list[str], pid: int) -> subprocess.Popen[str]:
 
 
 class Stopper:
-    """Stops each new child of a process at a point, while it lasts."""
+    """Stops each of the processes, and each new child of theirs, at a point, while it lasts."""
 
-    def __init__(self, pid: int, point: Point) -> None:
+    def __init__(self, pids: Sequence[int], point: Point) -> None:
         inject = f"inject={point.call}:signal=STOP:when={point.number}"
-        self._tracer = _attach(["strace", "-f", "-qq", "-e", f"trace={point.call}", "-e", inject], pid)
+        self._tracer = _attach(["strace", "-f", "-qq", "-e", f"trace={point.call}", "-e", inject], pids)
         self._unread = self._seen = b""
 
     def stopped(self, timeout: float = 20) -> int:
@@ -128,9 +173,9 @@ class Stopper:
 
 
 @contextlib.contextmanager
-def stopping(pid: int, point: Point) -> Iterator[Stopper]:
-    """A Stopper for the children of this process."""
-    stopper = Stopper(pid, point)
+def stopping(pids: Sequence[int], point: Point) -> Iterator[Stopper]:
+    """A Stopper for these processes and their children."""
+    stopper = Stopper(pids, point)
     try:
         yield stopper
     finally:
@@ -138,9 +183,9 @@ def stopping(pid: int, point: Point) -> Iterator[Stopper]:
 
 
 @contextlib.contextmanager
-def _injecting(pid: int, point: Point, fault: str) -> Iterator[None]:
+def _injecting(pids: Sequence[int], point: Point, fault: str) -> Iterator[None]:
     inject = f"inject={point.call}:{fault}:when={point.number}"
-    tracer = _attach(["strace", "-f", "-qq", "-o", "/dev/null", "-e", f"trace={point.call}", "-e", inject], pid)
+    tracer = _attach(["strace", "-f", "-qq", "-o", "/dev/null", "-e", f"trace={point.call}", "-e", inject], pids)
     try:
         yield
     finally:
@@ -148,14 +193,14 @@ def _injecting(pid: int, point: Point, fault: str) -> Iterator[None]:
         tracer.communicate(timeout=10)
 
 
-def killing(pid: int, point: Point) -> contextlib.AbstractContextManager[None]:
-    """Kill each new child of this process at the point. (Whoever kills a stopped one may take strace along.)"""
-    return _injecting(pid, point, "signal=KILL")
+def killing(pids: Sequence[int], point: Point) -> contextlib.AbstractContextManager[None]:
+    """Kill these processes and their new children at the point. (Whoever kills a stopped one may take strace along.)"""
+    return _injecting(pids, point, "signal=KILL")
 
 
 def delaying(pid: int, point: Point, seconds: float) -> contextlib.AbstractContextManager[None]:
     """Hold up each descendant of this process for a moment when it returns from the call."""
-    return _injecting(pid, point, f"delay_exit={int(seconds * 1e6)}")
+    return _injecting([pid], point, f"delay_exit={int(seconds * 1e6)}")
 
 
 def kill(pid: int) -> None:

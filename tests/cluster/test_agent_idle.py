@@ -15,11 +15,12 @@ from pathlib import Path
 import pytest
 from conftest import Run
 from enclos.runtime.cluster.cluster import Cluster
+from faults import spare
 
 IDLE_SECONDS = 5.0
 STEPS = 20
 SETTLE_SECONDS = 10.0
-STAYING = ["enclos-visitors", "enclos-zygote"]
+STAYING = ["enclos-spare", "enclos-visitors", "enclos-zygote"]
 
 
 def descendants(pid: int) -> dict[str, int]:
@@ -42,6 +43,7 @@ def processes(cluster: Cluster, node: str) -> dict[str, int]:
     while list(records.glob("step.*")) or sorted(descendants(agent)) != STAYING:
         assert time.monotonic() < deadline, f"{node}: {os.listdir(records)}, {descendants(agent)}"
         time.sleep(0.05)
+    spare(cluster, node)
     return {f"{node} {name}": pid for name, pid in {"enclosd": agent, **descendants(agent)}.items()}
 
 

@@ -21,6 +21,7 @@ import pytest
 from enclos.netns import names
 from enclos.runtime.cluster.cluster import Cluster, Running
 from enclos.runtime.cluster.daemons import DaemonFailed
+from faults import await_spares
 
 PYTHON = "/usr/bin/python3"
 ATTACKER = "/shared/attacker.py"
@@ -271,10 +272,11 @@ def assert_hidden(found: dict[str, str]) -> None:
 def test_the_agents_processes_can_not_be_looked_into(idle: Cluster, image: str) -> None:
     options = ["-w", "n1", f"--container-image={image}", "--container-network=job", "--mpi=pmix"]
     with going_on(idle, "srun", *options, "sh", "-c", "echo; sleep 30", node=None):
-        ours = ["enclosd", "enclos-zygote", "enclos-relay", "enclos-visitors"]
+        await_spares(idle)
+        ours = ["enclosd", "enclos-zygote", "enclos-spare", "enclos-relay", "enclos-visitors"]
         told = attack(idle, "inspect", *ours)
         running = {row["name"][:15] for row in told}
-        assert {"enclosd", "enclos-zygote", "enclos-relay"} <= running, running
+        assert {"enclosd", "enclos-zygote", "enclos-spare", "enclos-relay"} <= running, running
         for row in told:
             assert_hidden(row["found"])
             assert row["found"]["signal"] == "EPERM"

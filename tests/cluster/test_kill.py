@@ -10,7 +10,7 @@ import re
 import signal
 import subprocess
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
 
@@ -18,7 +18,20 @@ import pytest
 from conftest import Leftovers, said
 from enclos.runtime.cluster.cluster import Cluster, Running
 from enclos.runtime.cluster.processes import Process
-from faults import CALLS, Point, child, delaying, kill, killing, points, processes, stopping, zygote
+from faults import (
+    CALLS,
+    Point,
+    child,
+    delaying,
+    kill,
+    killing,
+    points,
+    processes,
+    rehearsal_points,
+    spare,
+    stopping,
+    zygote,
+)
 
 IMAGE = "--container-image=/images/openmpi.sqsh"
 STEP = ["srun", "-w", "n1", IMAGE, "--container-network=job"]
@@ -31,13 +44,16 @@ BUILDER_KILLED = [
 ESCAPE = Path(__file__).with_name("escape.c")
 
 
+Origin = Callable[[], Sequence[int]]
+
+
 @pytest.fixture(scope="module")
-def all_points(fragile: Cluster) -> list[Point]:
-    """Every system call that a builder makes: more than a hundred places to be killed at."""
+def all_points(fragile: Cluster, origin: Origin) -> list[Point]:
+    """Every system call that a builder makes for a step: more than a hundred places to be killed at."""
     # The first step of a user makes a namespace that the agent keeps.
     assert fragile.run(SAY, user="usera").returncode == 0
     fragile.await_idle()
-    found = points(fragile, "n1", SAY)
+    found = points(fragile, origin(), SAY)
     assert len(found) > 100
     return found
 
@@ -88,12 +104,12 @@ def sleeper(fragile: Cluster, clean: Leftovers) -> Iterator[Running]:
 
 @pytest.mark.parametrize("call", CALLS)
 def test_a_builder_killed_once_is_replaced(
-    fragile: Cluster, clean: Leftovers, all_points: list[Point], call: str
+    fragile: Cluster, clean: Leftovers, origin: Origin, all_points: list[Point], call: str
 ) -> None:
     here = [point for point in all_points if point.call == call]
     assert here
     for point in here:
-        with stopping(zygote(fragile, "n1"), point) as stopper:
+        with stopping(origin(), point) as stopper:
             running = start(fragile, SAY)
             victim = stopper.stopped()
         kill(victim)
@@ -101,23 +117,24 @@ def test_a_builder_killed_once_is_replaced(
     assert clean.rows() == []
 
 
+@pytest.mark.parametrize("origin", ["fresh"], indirect=True)
 @pytest.mark.parametrize("call", CALLS)
 def test_a_builder_killed_twice_is_one_clear_error(
-    fragile: Cluster, clean: Leftovers, all_points: list[Point], call: str
+    fragile: Cluster, clean: Leftovers, origin: Origin, all_points: list[Point], call: str
 ) -> None:
     for point in [point for point in all_points if point.call == call]:
-        with killing(zygote(fragile, "n1"), point):
+        with killing(origin(), point):
             status, out, lines = end(start(fragile, SAY))
             assert (status, out, sorted(lines)) == (1, "", sorted(BUILDER_KILLED)), point
     assert clean.rows() == []
 
 
 def test_a_builder_that_its_user_stops_is_ended_by_the_deadline(
-    fragile: Cluster, clean: Leftovers, all_points: list[Point]
+    fragile: Cluster, clean: Leftovers, origin: Origin, all_points: list[Point]
 ) -> None:
     """A user may stop his builder, though not look into it; the step gets another one."""
     point = next(point for point in all_points if point.call == "pivot_root")
-    with stopping(zygote(fragile, "n1"), point) as stopper:
+    with stopping(origin(), point) as stopper:
         running = start(fragile, SAY)
         victim = stopper.stopped()
     while Path(f"/proc/{victim}/stat").read_text().split()[2] not in "Tt":
@@ -127,9 +144,11 @@ def test_a_builder_that_its_user_stops_is_ended_by_the_deadline(
     assert clean.rows() == []
 
 
-def test_scancel_while_building_ends_everything(fragile: Cluster, clean: Leftovers, all_points: list[Point]) -> None:
+def test_scancel_while_building_ends_everything(
+    fragile: Cluster, clean: Leftovers, origin: Origin, all_points: list[Point]
+) -> None:
     for point in some(all_points, "fsmount", "pivot_root", "sendmsg"):
-        with stopping(zygote(fragile, "n1"), point) as stopper:
+        with stopping(origin(), point) as stopper:
             running = start(fragile, [*SAY[:1], "-J", "doomed", *SAY[1:]])
             stopper.stopped()
         begin = time.monotonic()
@@ -140,12 +159,80 @@ def test_scancel_while_building_ends_everything(fragile: Cluster, clean: Leftove
         assert time.monotonic() - begin < 5, "it waited for the deadline"
 
 
+# ---------------------------------------------------------------------------------------------- the spare builder
+
+
+def await_gone(pid: int, timeout: float = 5) -> None:
+    deadline = time.monotonic() + timeout
+    while Path(f"/proc/{pid}").exists():
+        assert time.monotonic() < deadline, f"{pid} is still there"
+        time.sleep(0.002)
+
+
+def test_the_spare_builder_makes_the_next_container(fragile: Cluster, clean: Leftovers) -> None:
+    """And another one takes its place, also while the step runs on."""
+    waiting = spare(fragile, "n1")
+    with stopping([waiting, zygote(fragile, "n1")], Point("pivot_root", 1)) as stopper:
+        running = start(fragile, [*STEP, "sh", "-c", "echo up; sleep 300"])
+        assert stopper.stopped() == waiting
+    assert processes(fragile, "n1", "enclos-build") == [waiting]
+    os.kill(waiting, signal.SIGCONT)
+    await_output(running, "up")
+    await_gone(waiting)
+    assert spare(fragile, "n1") != waiting
+    fragile.run("scancel --user=usera")
+    running.communicate(timeout=20)
+    assert clean.rows() == []
+
+
+def test_the_spare_builder_holds_nothing_of_a_step(fragile: Cluster, clean: Leftovers) -> None:
+    """Ordered while a step runs, with an image and a network in use."""
+    running = start(fragile, [*STEP, "sh", "-c", "echo up; sleep 300"])
+    await_output(running, "up")
+    kill(zygote(fragile, "n1"))
+    waiting = spare(fragile, "n1")
+    forker = parent(waiting)
+    held = {entry.name: os.readlink(entry.path) for entry in os.scandir(f"/proc/{waiting}/fd")}
+    channels = [target for name, target in held.items() if name not in ("0", "1", "2")]
+    assert [target.partition(":")[0] for target in channels] == ["socket"]
+    assert all(held[name] == os.readlink(f"/proc/{forker}/fd/{name}") for name in ("0", "1", "2"))
+    status = Path(f"/proc/{waiting}/status").read_text()
+    assert re.search(r"^Uid:\t0\t0\t0\t0$", status, re.MULTILINE)
+    for kind in ("net", "mnt", "user", "ipc", "uts", "pid", "cgroup"):
+        assert os.readlink(f"/proc/{waiting}/ns/{kind}") == os.readlink(f"/proc/{forker}/ns/{kind}")
+    fragile.run("scancel --user=usera")
+    running.communicate(timeout=20)
+    assert clean.rows() == []
+
+
+def test_a_spare_builder_killed_while_it_waits_is_not_missed(fragile: Cluster, clean: Leftovers) -> None:
+    killed = spare(fragile, "n1")
+    kill(killed)
+    assert end(start(fragile, SAY)) == (0, "inside\n", [])
+    assert spare(fragile, "n1") != killed
+    assert clean.rows() == []
+
+
+def test_a_spare_builder_killed_while_it_rehearses_is_not_missed(fragile: Cluster, clean: Leftovers) -> None:
+    """At each system call up to where it waits. A step that is refused orders a new one and needs no builder."""
+    refused = [*STEP, "true"]
+    found = rehearsal_points(fragile, "n1", lambda: fragile.run(refused))
+    assert len(found) > 20
+    for point in found:
+        kill(spare(fragile, "n1"))
+        with killing([zygote(fragile, "n1")], point):
+            assert fragile.run(refused).returncode == 1
+            fragile.await_idle()
+        assert end(start(fragile, SAY)) == (0, "inside\n", []), point
+    assert clean.rows() == []
+
+
 # ---------------------------------------------------------------------------------------------- the zygote
 
 
 @pytest.mark.parametrize("part", range(6))
 def test_a_zygote_killed_while_building_is_replaced(
-    fragile: Cluster, clean: Leftovers, all_points: list[Point], part: int
+    fragile: Cluster, clean: Leftovers, origin: Origin, all_points: list[Point], part: int
 ) -> None:
     """Its builders die with it, those that stand still too; the step goes on with the next zygote's."""
     # A change of ids clears the death signal for the moment until it is set again, in which no user can stop it.
@@ -153,7 +240,7 @@ def test_a_zygote_killed_while_building_is_replaced(
     step = len(found) // 6
     point = found[part * step + step // 2]
     old = zygote(fragile, "n1")
-    with stopping(old, point) as stopper:
+    with stopping(origin(), point) as stopper:
         running = start(fragile, SAY)
         builder = stopper.stopped()
     begin = time.monotonic()
@@ -166,7 +253,11 @@ def test_a_zygote_killed_while_building_is_replaced(
 
 
 def test_a_zygote_killed_while_idle_is_replaced(fragile: Cluster, clean: Leftovers) -> None:
+    """With its spare builder; the next zygote brings another."""
+    waiting = spare(fragile, "n1")
     kill(zygote(fragile, "n1"))
+    await_gone(waiting)
+    assert spare(fragile, "n1") != waiting
     assert end(start(fragile, SAY)) == (0, "inside\n", [])
     assert clean.rows() == []
     assert fragile.run(["enclos", "ps"], node="n1", user="usera").returncode == 0
@@ -214,9 +305,11 @@ def test_tasks_die_with_slurmstepd(fragile: Cluster, clean: Leftovers, sleeper: 
     assert clean.rows() == []
 
 
-def test_slurmstepd_killed_while_building(fragile: Cluster, clean: Leftovers, all_points: list[Point]) -> None:
+def test_slurmstepd_killed_while_building(
+    fragile: Cluster, clean: Leftovers, origin: Origin, all_points: list[Point]
+) -> None:
     for point in some(all_points, "fsopen", "mount_setattr", "unshare", "sendmsg"):
-        with stopping(zygote(fragile, "n1"), point) as stopper:
+        with stopping(origin(), point) as stopper:
             running = start(fragile, SAY)
             builder = stopper.stopped()
         for pid in processes(fragile, "n1", "slurmstepd"):
@@ -275,9 +368,11 @@ def test_srun_killed_leaves_nothing(fragile: Cluster, clean: Leftovers, sleeper:
     assert clean.rows(20) == []
 
 
-def test_srun_killed_while_building_leaves_nothing(fragile: Cluster, clean: Leftovers, all_points: list[Point]) -> None:
+def test_srun_killed_while_building_leaves_nothing(
+    fragile: Cluster, clean: Leftovers, origin: Origin, all_points: list[Point]
+) -> None:
     point = next(point for point in all_points if point.call == "pivot_root")
-    with stopping(zygote(fragile, "n1"), point) as stopper:
+    with stopping(origin(), point) as stopper:
         running = start(fragile, SAY)
         stopper.stopped()
         command = running.command()
@@ -309,7 +404,7 @@ def test_a_killed_relay_ends_with_the_step(fragile: Cluster, clean: Leftovers) -
 def test_a_relay_killed_at_its_start_is_replaced(fragile: Cluster, clean: Leftovers) -> None:
     """Before it serves: without another one MPI_Init would wait for ever."""
     ring = ["srun", "-w", "n1", "-n2", "--mpi=pmix", IMAGE, "--container-network=job", "/usr/bin/ring", "--rounds", "1"]
-    with stopping(zygote(fragile, "n1"), Point("setresuid", 1)) as stopper:
+    with stopping([zygote(fragile, "n1")], Point("setresuid", 1)) as stopper:
         running = start(fragile, ring)
         killed = 0
         while killed == 0:
@@ -406,5 +501,6 @@ def test_the_helper_sees_a_child(fragile: Cluster) -> None:
     agent = Process.of_pid(fragile.agent_pid("n1"))
     assert agent is not None
     assert zygote(fragile, "n1") == child(agent.pid, "enclos-zygote")
+    assert spare(fragile, "n1") == child(zygote(fragile, "n1"), "enclos-spare")
     with pytest.raises(TimeoutError):
         child(agent.pid, "no-such-name", timeout=0.05)

@@ -10,13 +10,13 @@ import json
 import os
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import pytest
 from conftest import Leftovers, plain, said
 from enclos.runtime.cluster.cluster import Cluster, Running
-from faults import Point, kill, points, processes, stopping, zygote
+from faults import Point, kill, points, processes, spare, stopping
 
 IMAGE = "--container-image=/images/openmpi.sqsh"
 NETWORK = "--container-network=job"
@@ -25,6 +25,7 @@ KILLED_DURING_A_BUILD = (
     "--container-image=/images/openmpi.sqsh: the agent ended while the container was being made on n1",
     "agent is not running (/run/enclos/agent.sock: connection refused) on n1",  # The task had not asked it yet.
 )
+Origin = Callable[[], Sequence[int]]
 CHANGES_OF_IDS = ("setfsuid", "setresuid", "capset")
 ADDRESS = ["sh", "-c", "ip -o -4 addr show enclos0"]
 
@@ -269,12 +270,25 @@ def test_every_process_of_a_step_dies_with_the_agent(fragile: Cluster, clean: Le
 # ---------------------------------------------------------------------------------------------- during a build
 
 
-def test_killed_during_a_build(fragile: Cluster, clean: Leftovers) -> None:
+def test_the_spare_builder_ends_with_the_agent(fragile: Cluster, clean: Leftovers) -> None:
+    for number in (signal.SIGKILL, signal.SIGTERM):
+        waiting = spare(fragile, "n1")
+        fragile.stop_agent("n1", number)
+        deadline = time.monotonic() + 5
+        while Path(f"/proc/{waiting}").exists():
+            assert time.monotonic() < deadline, "the spare builder outlives the agent"
+            time.sleep(0.002)
+        fragile.start_agent("n1")
+    assert fragile.run(SAY, user="usera").stdout == "inside\n"
+    assert left(clean) == []
+
+
+def test_killed_during_a_build(fragile: Cluster, clean: Leftovers, origin: Origin) -> None:
     """At some of its operations, the image's mount among them: one clear error, and nothing is left."""
-    found = points(fragile, "n1", SAY)
+    found = points(fragile, origin(), SAY)
     fragile.await_idle()
     for point in [*found[3::16], next(point for point in found if point.call == "pivot_root")]:
-        with stopping(zygote(fragile, "n1"), point) as stopper:
+        with stopping(origin(), point) as stopper:
             running = start(fragile, SAY)
             builder = stopper.stopped()
         fragile.stop_agent("n1", signal.SIGKILL)
@@ -295,11 +309,11 @@ def test_killed_during_a_build(fragile: Cluster, clean: Leftovers) -> None:
     assert left(clean) == []
 
 
-def test_started_again_between_prepare_and_join(fragile: Cluster, clean: Leftovers) -> None:
+def test_started_again_between_prepare_and_join(fragile: Cluster, clean: Leftovers, origin: Origin) -> None:
     """The task's JOIN carries the whole request, so the new agent builds what the old one began."""
     before = fragile.agent_log("n1").count(" ready@")
     # slurmstepd asks for the user's groups and I/O between the two; a pause there gives the time.
-    with stopping(zygote(fragile, "n1"), Point("fsopen", 1)) as stopper:
+    with stopping(origin(), Point("fsopen", 1)) as stopper:
         running = start(fragile, SAY)
         stopper.stopped()
         stepd = max(processes(fragile, "n1", "slurmstepd"))
