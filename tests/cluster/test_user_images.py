@@ -73,9 +73,9 @@ def refused(cluster: Cluster, image: str, *, name: str = "usera") -> list[str]:
     return [row[row.index(word) :] for row in said(done.stderr) for word in ("enclos: ", "hint: ") if word in row]
 
 
-def begin(cluster: Cluster, script: str, *options: str) -> Running:
-    """A step that has said `up`, and goes on with the script."""
-    words = ["srun", "-w", "n1", f"--container-image={OWN}", *options, "sh", "-c", f"echo up; {script}"]
+def begin(cluster: Cluster, script: str, *options: str, first: str = ":") -> Running:
+    """A step that has done what is first, said `up`, and goes on with the script."""
+    words = ["srun", "-w", "n1", f"--container-image={OWN}", *options, "sh", "-c", f"{first}; echo up; {script}"]
     running = cluster.popen(words, user="usera")
     assert running.stdout is not None
     line = running.stdout.readline()
@@ -209,7 +209,8 @@ def test_its_death_is_an_error_and_no_hang(fragile: Cluster, fragile_own: Path, 
 
 
 def test_slurms_signals_do_not_reach_it(fragile: Cluster, fragile_own: Path, clean: Leftovers) -> None:
-    running = begin(fragile, "trap 'cat /large > /dev/null && exit 5' TERM USR1; while :; do sleep 0.1; done")
+    trap = "trap 'cat /large > /dev/null && exit 5' TERM USR1"
+    running = begin(fragile, "while :; do sleep 0.1; done", first=trap)
     fragile.run("scancel --signal=TERM --user=usera")
     assert running.wait(timeout=20) == 5
     running.communicate()
