@@ -18,7 +18,7 @@ MYPY_ROOT := build/mypy
 RELEASES ?= 24.11 26.05
 
 .DELETE_ON_ERROR:
-.PHONY: all help deps demo test test-unit test-kernel test-cluster test-releases lint bench install clean
+.PHONY: all help deps demo test test-unit test-kernel test-cluster test-releases test-vm test-vm-all lint bench install clean
 
 all: deps build/.venv-stamp build/.linux-stamp $(SHIM) ## build everything: packages, virtual environment, plugin
 
@@ -67,6 +67,13 @@ test-releases: all ## what depends on Slurm's release, on the other two, as root
 	    echo "== Slurm $$release"; \
 	    $(BIN)/pytest tests/cluster -m releases --slurm $$release; \
 	done
+
+test-vm: all ## the tests marked vm on Linux 6.1 and the newest, in qemu, as root
+	@tests/vm/vm --kernel new test
+	@tests/vm/vm --kernel 6.1 test
+
+test-vm-all: all ## every kernel and cluster test on the newest Linux, in qemu: takes hours
+	@tests/vm/vm --kernel new --timeout 28800 test tests/kernel tests/cluster
 
 # mypy wants to find `enclos.runtime` below a folder `enclos`; the checkout has `runtime/` (setup.py maps it).
 lint: build/.venv-stamp ## ruff and mypy --strict

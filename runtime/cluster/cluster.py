@@ -17,7 +17,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from enclos.runtime.cluster import daemons, nodes, releases, slurm, users
+from enclos.runtime.cluster import cgroups, daemons, nodes, releases, slurm, users
 from enclos.runtime.cluster.layout import (
     DEFAULT_NAME,
     SUBMIT,
@@ -78,6 +78,7 @@ class Cluster:
         plugstack: str = "required",
         config: str = "",
         release: str = "",
+        cgroup_conf_extra: str = "",
     ) -> Cluster:
         """Bring a cluster up, or mend one of that name that is up.
 
@@ -90,6 +91,7 @@ class Cluster:
             config: text of enclos.yaml, the same on each node.
             release: of Slurm, as `24.11`; "" for the machine's own. The first cluster of another one makes its root,
                 which takes a minute.
+            cgroup_conf_extra: rows for cgroup.conf, which constrains nothing otherwise.
 
         Raises:
             ClusterError: not root, a tool is missing, or something did not start.
@@ -109,7 +111,14 @@ class Cluster:
                 return found
             _remove(layout)
             record = Record(nodes=nodes_count, cpus=cpus, plugstack=plugstack, slurm=root.slurm if root else "")
-            settings = slurm.SlurmSettings(nodes_count, cpus, slurm_conf_extra, record.slurm or releases.own_slurm())
+            settings = slurm.SlurmSettings(
+                nodes_count,
+                cpus,
+                slurm_conf_extra,
+                record.slurm or releases.own_slurm(),
+                cgroups.available(),
+                cgroup_conf_extra,
+            )
             try:
                 return cls._make(layout, record, settings, config, root)
             except (RuntimeError, OSError) as error:
@@ -469,6 +478,7 @@ def _remove(layout: Layout) -> None:
         init.send(signal.SIGKILL)
     for init in inits:
         init.wait(timeout=20)
+    cgroups.remove(layout.name)
     shutil.rmtree(layout.state)
 
 

@@ -14,11 +14,13 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
+from enclos.runtime.cluster import cgroups
 from enclos.runtime.cluster.layout import SUBMIT, Layout, agent_command, programs_path
 from enclos.runtime.cluster.nodes import enter_command
 from enclos.runtime.cluster.processes import Process
 
 READY_DEADLINE_S = 30.0
+SERVICES = f"{cgroups.MOUNT_POINT}/{cgroups.SLICE}"
 SBIN = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 
 
@@ -48,7 +50,9 @@ def start(machine: Process, command: Sequence[str], log: Path, extra: Mapping[st
     daemon = shlex.join(["setsid", "env", "--default-signal=INT,QUIT", *command])
     told = f'read -r stat < /proc/self/fd/{proc}/self/stat; echo "$stat" >&{writer}'
     log_word = shlex.quote(str(log))
-    script = f"({told}; exec {writer}>&- {proc}<&- < /dev/null >> {log_word} 2>&1; exec {daemon}) &"
+    service = shlex.quote(f"{SERVICES}/{Path(command[0]).name}.service")
+    placed = f"if [ -d {SERVICES} ]; then mkdir -p {service}; echo 0 > {service}/cgroup.procs; fi"
+    script = f"({told}; {placed}; exec {writer}>&- {proc}<&- < /dev/null >> {log_word} 2>&1; exec {daemon}) &"
     environment = {**root_environment(), **(extra or {})}
     command_line = [*enter_command(machine), "bash", "-c", script]
     done = subprocess.run(

@@ -19,12 +19,13 @@ import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from enclos.runtime.cluster import cgroups
 from enclos.runtime.cluster.layout import SUBMIT, Layout, project_root
 from enclos.runtime.cluster.processes import Process, environment, pids
 from enclos.runtime.cluster.slurm import UNDERLAY4, address4, address6
 
 COOKIE = "ENCLOS_CLUSTER_INIT"
-NAMESPACES = ("--mount", "--net", "--uts", "--ipc", "--pid")
+NAMESPACES = ("--mount", "--net", "--uts", "--ipc", "--pid", "--cgroup")
 READY_FD = 8
 PROC_FD = 9
 
@@ -121,6 +122,7 @@ if [ -d /sys/fs/cgroup ]; then
     mount --move /run/carried /sys/fs/cgroup
 fi
 rmdir /run/carried
+eval "$cgroup_mounts"
 if [ -d /dev/mqueue ]; then mount -t mqueue mqueue /dev/mqueue; fi
 for folder in $closed; do mount -t tmpfs -o mode=755,nosuid,nodev tmpfs "$folder"; done
 number=0
@@ -186,6 +188,7 @@ def _script(layout: Layout, hostname: str, system: Path | None, *parts: str) -> 
         "system": str(system or ""),
         "closed": " ".join(str(path) for path in closed),
         "hidden": " ".join(str(path) for path in hidden_paths(system)),
+        "cgroup_mounts": cgroups.MOUNTS if cgroups.available() else "",
     }
     head = "".join(f"{name}={shlex.quote(value)}\n" for name, value in values.items())
     return head + PROLOGUE + "".join(parts) + EPILOGUE
@@ -200,7 +203,7 @@ def start_control(layout: Layout, system: Path | None = None) -> Process:
         RuntimeError: a namespace or a mount was refused; the text is the tool's own.
     """
     script = _script(layout, SUBMIT, system, OWN_ROOT if system is None else RELEASE_ROOT, CONTROL_ROOT, OWN_MOUNTS)
-    (init,) = _start_inits([["unshare", *NAMESPACES, "--fork", "sh", "-c", script]])
+    (init,) = _start_inits(layout, {SUBMIT: ["unshare", *NAMESPACES, "--fork", "sh", "-c", script]})
     return init
 
 
@@ -208,19 +211,19 @@ def start_nodes(
     layout: Layout, control: Process, names: Sequence[str], system: Path | None = None
 ) -> list[Process]:
     """Make the nodes, all at the same time; errors as start_control."""
-    commands = []
+    commands = {}
     for name in names:
         script = _script(layout, name, system, OWN_MOUNTS, NODE_NAME)
         # The unshare in between ends at once; the node's first process then belongs to the submit host's
         # first one.
         inner = shlex.join(["unshare", *NAMESPACES, "--fork", "sh", "-c", script])
-        commands.append([*enter_command(control), "sh", "-c", f"{inner} & wait $!"])
-    return _start_inits(commands)
+        commands[name] = [*enter_command(control), "sh", "-c", f"{inner} & wait $!"]
+    return _start_inits(layout, commands)
 
 
-def _start_inits(commands: Sequence[Sequence[str]]) -> list[Process]:
+def _start_inits(layout: Layout, commands: Mapping[str, Sequence[str]]) -> list[Process]:
     """Start machines' first processes and wait until each has said that it is ready."""
-    started = [_start_init(command) for command in commands]
+    started = [_start_init(_in_cgroup(layout, name, command)) for name, command in commands.items()]
     inits: list[Process] = []
     failure = ""
     for helper, reader in started:
@@ -235,7 +238,19 @@ def _start_inits(commands: Sequence[Sequence[str]]) -> list[Process]:
         for init in inits:
             init.kill()
         raise RuntimeError(f"cannot make a machine of namespaces: {failure}")
+    if cgroups.available():
+        for name in commands:
+            cgroups.delegate(layout.name, name)
     return inits
+
+
+def _in_cgroup(layout: Layout, name: str, command: Sequence[str]) -> Sequence[str]:
+    """The command, begun in the machine's cgroup where there is one."""
+    if not cgroups.available():
+        return command
+    cgroups.create(layout.name, name)
+    procs = cgroups.place(layout.name, name) / "cgroup.procs"
+    return ["sh", "-c", 'echo 0 > "$0" && exec "$@"', str(procs), *command]
 
 
 def _start_init(command: Sequence[str]) -> tuple[subprocess.Popen[str], int]:
@@ -301,7 +316,7 @@ def enter_command(machine: Process, namespaces: Sequence[str] = ()) -> list[str]
 
     Not `ip netns exec`: that mounts a /sys without /sys/fs/cgroup.
     """
-    chosen = namespaces or ("--mount", "--net", "--uts", "--ipc", "--pid")
+    chosen = namespaces or NAMESPACES
     return ["nsenter", "--target", str(machine.pid), *chosen, "--"]
 
 

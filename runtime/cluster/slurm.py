@@ -42,6 +42,8 @@ class SlurmSettings:
     cpus: int
     extra: str = ""
     slurm: str = ""
+    cgroups: bool = False
+    cgroup_extra: str = ""
 
 
 def slurm_conf(layout: Layout, settings: SlurmSettings) -> str:
@@ -63,9 +65,9 @@ def slurm_conf(layout: Layout, settings: SlurmSettings) -> str:
         "SlurmdLogFile": f"{layout.logs}/%n.slurmd.log",
         "SlurmctldDebug": "info",
         "SlurmdDebug": "info",
-        # cgroup controllers belong to the machine, not to a node that is only namespaces.
-        "ProctrackType": "proctrack/linuxproc",
-        "TaskPlugin": "task/affinity",
+        # With cgroup v1 the controllers belong to the machine, not to a node that is only namespaces.
+        "ProctrackType": "proctrack/cgroup" if settings.cgroups else "proctrack/linuxproc",
+        "TaskPlugin": "task/cgroup,task/affinity" if settings.cgroups else "task/affinity",
         "TaskPluginParam": "none",
         "JobAcctGatherType": "jobacct_gather/none",
         "AccountingStorageType": "accounting_storage/none",
@@ -109,14 +111,17 @@ def _nodes(settings: SlurmSettings, names: set[str]) -> list[str]:
 
 
 def cgroup_conf(settings: SlurmSettings) -> str:
-    """cgroup.conf: constrain nothing, and ask no systemd for anything.
+    """cgroup.conf: constrain nothing but what `cgroup_extra` says, and ask no systemd for anything.
 
     Releases from 23.11 can be told to leave control groups alone; without it slurmd does not start where the host has
     version 1 mounted. Those before ignore a cgroup plugin that no other plugin asks for.
     """
+    quiet = "IgnoreSystemd=yes\nIgnoreSystemdOnFailure=yes\n"
+    if settings.cgroups:
+        return f"CgroupPlugin=cgroup/v2\n{quiet}{settings.cgroup_extra}"
     if settings.slurm > "23.11":
         return "CgroupPlugin=disabled\n"
-    return "CgroupAutomount=no\nIgnoreSystemd=yes\nIgnoreSystemdOnFailure=yes\n"
+    return f"CgroupAutomount=no\n{quiet}"
 
 
 def plugstack_conf(shim: str | None, mode: str) -> str:

@@ -7,17 +7,24 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import subprocess
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Protocol
 
 import pytest
+from enclos.runtime.cluster import cgroups
 from enclos.runtime.cluster import image as images
 from enclos.runtime.cluster.cluster import Cluster
+from enclos.runtime.cluster.layout import Layout
 from enclos.runtime.cluster.leftovers import Snapshot, await_same, snapshot
 from enclos.runtime.cluster.releases import own_slurm
 from faults import await_spares, spare, zygote
+
+# Two processors are what a guest has, and memory is what its jobs ask for.
+LIMITED_SLURM = "SelectTypeParameters=CR_CPU_Memory\nDefMemPerCPU=100\nJobAcctGatherType=jobacct_gather/cgroup\n"
+LIMITED_CGROUPS = "ConstrainRAMSpace=yes\nConstrainCores=yes\n"
 
 Result = subprocess.CompletedProcess[str]
 
@@ -60,7 +67,15 @@ def make_cluster(release: str) -> Iterator[Callable[..., Cluster]]:
 
     yield make
     for name in made:
+        _keep_logs(name)
         Cluster.remove(name)
+
+
+def _keep_logs(name: str) -> None:
+    """Copy a cluster's logs where they outlive it, if somebody wants them."""
+    wanted = os.environ.get("ENCLOS_TEST_LOGS")
+    if wanted and Layout(name).logs.is_dir():
+        shutil.copytree(Layout(name).logs, Path(wanted) / name, dirs_exist_ok=True)
 
 
 @pytest.fixture(scope="session")
@@ -218,6 +233,33 @@ def clean(fragile: Cluster) -> Iterator[Leftovers]:
 def plain(row: str) -> str:
     """A line of an error without what Slurm puts before it: the program, or slurmstepd's clock (from 26.05 on)."""
     return re.sub(r"^((srun|sbatch|salloc|slurmstepd\S*):|\[\S+\]) error: ", "", row)
+
+
+@pytest.fixture(scope="session")
+def limited(make_cluster: Callable[..., Cluster]) -> Cluster:
+    """Two nodes of two processors, on which Slurm constrains memory and processors by cgroups: guests have that."""
+    require_cgroup2()
+    made = make_cluster(2, cpus=2, slurm_conf_extra=LIMITED_SLURM, cgroup_conf_extra=LIMITED_CGROUPS)
+    images.install(made.layout.images)
+    return made
+
+
+@pytest.fixture
+def limited_leftovers(limited: Cluster) -> Leftovers:
+    """A count on that cluster, when no job runs and the image is mounted already."""
+    warm = ["srun", "-N2", "--container-image=/images/openmpi.sqsh", "true"]
+    assert (done := limited.run(warm, user="usera", timeout=200)).returncode == 0, done.stderr
+    limited.await_idle(60)
+    return Leftovers(limited)
+
+
+def require_cgroup2() -> None:
+    """Skip where the kernel has no cgroup v2 controllers; fail where the run says that it has them."""
+    if cgroups.available():
+        return
+    if "cgroup2" in os.environ.get("ENCLOS_REQUIRE", ""):
+        pytest.fail("this kernel has no cgroup v2 controllers")
+    pytest.skip("needs cgroup v2 controllers: `make test-vm` runs it in a guest")
 
 
 def said(text: str) -> list[str]:

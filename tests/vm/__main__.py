@@ -1,0 +1,74 @@
+"""`tests/vm/vm`: a shell, a command or the tests in a guest with a kernel of its own. Runs as root."""
+
+from __future__ import annotations
+
+import argparse
+import compileall
+import shlex
+import shutil
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from enclos.runtime.cluster import image
+
+from vm import guest, kernels
+
+ROOT = Path(__file__).resolve().parents[2]
+# In a guest a feature that is missing is a failure, where the same test skips on the host.
+REQUIRE = {"ENCLOS_REQUIRE": "cgroup2"}
+TESTS = ("tests/kernel", "tests/cluster")
+
+
+def main() -> int:
+    """Parse the command line and run it."""
+    parser = argparse.ArgumentParser(prog="tests/vm/vm", description=__doc__)
+    parser.add_argument("--kernel", default="new", choices=kernels.SUITES, help="which kernel (default: new)")
+    parser.add_argument("--timeout", type=float, default=540, help="seconds after which a guest is ended")
+    verbs = parser.add_subparsers(dest="verb", required=True)
+    verbs.add_parser("shell", help="a shell in a guest; exit ends it, ctrl-A x at once")
+    run = verbs.add_parser("run", help="run a command in a guest")
+    run.add_argument("words", nargs=argparse.REMAINDER)
+    verbs.add_parser("test", help="run pytest in a guest: with what follows, or on the tests marked vm")
+    arguments, rest = parser.parse_known_args()
+    if rest and arguments.verb != "test":
+        parser.error(f"unknown: {' '.join(rest)}")
+    if shutil.which(guest.QEMU) is None:
+        print(f"vm: not installed: {guest.QEMU}; `make deps` installs what is needed", file=sys.stderr)
+        return 1
+    try:
+        kernel = kernels.fetch(arguments.kernel)
+        machine = guest.Guest(kernel, guest.scratch(f"{arguments.verb}-{arguments.kernel}"), variables=REQUIRE)
+        return _serve(machine, arguments, rest)
+    except kernels.KernelUnavailable as error:
+        print(f"vm: {error}", file=sys.stderr)
+        return 1
+
+
+def _serve(machine: guest.Guest, arguments: argparse.Namespace, rest: Sequence[str]) -> int:
+    here = f"cd {shlex.quote(str(ROOT))}; "
+    if arguments.verb == "shell":
+        return machine.shell()
+    if arguments.verb == "run":
+        return machine.run(here + shlex.join(arguments.words), arguments.timeout)
+    _warm_up()
+    words = rest or ["-m", "vm" if arguments.kernel != "new" else "vm or vm_new", *TESTS]
+    command = [".venv/bin/pytest", "-p", "no:cacheprovider", "--junitxml=/vm/junit.xml", *words]
+    status = machine.run(f"{here}export ENCLOS_TEST_LOGS=/vm/logs; {shlex.join(command)}", arguments.timeout)
+    print(f"vm: kernel {machine.kernel.release}: exit status {status}; results in {machine.folder}")
+    return status
+
+
+def _warm_up() -> None:
+    """Make here what is slow to make in a guest, and would be lost with it."""
+    for folder in ("runtime", "netns"):
+        compileall.compile_dir(ROOT / folder, quiet=1)
+    # Collecting compiles the tests, with pytest's changes to their assertions.
+    subprocess.run([".venv/bin/pytest", "-q", "--collect-only", *TESTS], cwd=ROOT, stdout=subprocess.DEVNULL, check=True)
+    for mpi in ("openmpi", "mpich"):
+        image.make(mpi)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

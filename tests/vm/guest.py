@@ -1,0 +1,123 @@
+"""One guest: start qemu, wait for its end, hand back what it left; end it when it hangs. Runs as root."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from vm.initramfs import build
+from vm.kernels import Kernel
+
+QEMU = "qemu-system-x86_64"
+START = Path(__file__).with_name("start.sh")
+HUNG = 124
+CONSOLE_LINES = 60
+
+
+@dataclass(slots=True)
+class Guest:
+    """A virtual machine that runs one command and ends. `folder` is /vm inside: what is left there is the result."""
+
+    kernel: Kernel
+    folder: Path
+    memory_mb: int = 4096
+    cpus: int = 2
+    variables: Mapping[str, str] = field(default_factory=dict)
+
+    def run(self, command: str, timeout: float, *, show: bool = True) -> int:
+        """Run a shell script in the guest and return its exit status; HUNG when the guest had to be ended.
+
+        The console (the script's output with it) is in `folder`/console, the kernel's messages in `folder`/dmesg.
+
+        Args:
+            show: print the console as it comes; without it, its end only where the guest hung.
+        """
+        self._prepare(command)
+        qemu = subprocess.Popen(self._qemu("stdio"), stdin=subprocess.DEVNULL, stdout=subprocess.PIPE)
+        late = threading.Event()
+
+        def end() -> None:
+            late.set()
+            qemu.kill()
+
+        timer = threading.Timer(timeout, end)
+        timer.daemon = True
+        timer.start()
+        assert qemu.stdout is not None
+        with qemu, (self.folder / "console").open("wb") as console:
+            for line in qemu.stdout:
+                console.write(line)
+                console.flush()
+                if show:
+                    sys.stdout.buffer.write(line)
+                    sys.stdout.flush()
+        timer.cancel()
+        if late.is_set():
+            return self._hung(f"was ended after {timeout:.0f} s")
+        return self._status()
+
+    def shell(self) -> int:
+        """Give the terminal to a shell in the guest until that ends."""
+        self._prepare("exec setsid -c bash -i")
+        # Without mon: everything typed is the guest's, also ctrl-C.
+        subprocess.run(self._qemu("mon:stdio"), check=False)
+        return self._status()
+
+    def _hung(self, what: str) -> int:
+        print(f"vm: the guest ({self.kernel.release}) {what}; the end of its console:")
+        try:
+            text = (self.folder / "console").read_text(errors="replace")
+        except FileNotFoundError:
+            text = ""
+        print("\n".join(text.splitlines()[-CONSOLE_LINES:]))
+        return HUNG
+
+    def _prepare(self, command: str) -> None:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        for name in ("status", "dmesg", "console"):
+            (self.folder / name).unlink(missing_ok=True)
+        shutil.copy(START, self.folder / "start")
+        (self.folder / "start").chmod(0o755)
+        (self.folder / "command").write_text(command + "\n")
+        rows = [f"export {name}='{value}'\n" for name, value in self.variables.items()]
+        (self.folder / "variables").write_text("".join(rows))
+        (self.folder / "clock").write_text(str(int(time.time())))
+        # The trial cluster copies /etc: thousands of small files take half a minute over 9p, one file a second.
+        subprocess.run(["tar", "-C", "/etc", "-cf", self.folder / "etc.tar", "."], check=True)
+
+    def _status(self) -> int:
+        try:
+            return int((self.folder / "status").read_text())
+        except (FileNotFoundError, ValueError):
+            return self._hung("ended without a result")
+
+    def _qemu(self, serial: str) -> list[str]:
+        """The command line. Software emulation: it works in any machine, also a virtual one."""
+        shares = {"host": Path("/"), "modules": self.kernel.modules, "result": self.folder}
+        command = [
+            "nice", "-n", "10", QEMU, "-nodefaults", "-no-reboot", "-display", "none",
+            "-machine", "q35", "-accel", "tcg,thread=multi,tb-size=512", "-cpu", "max,la57=off,pmu=off",
+            "-smp", str(self.cpus), "-m", str(self.memory_mb), "-device", "virtio-rng-pci", "-serial", serial,
+            "-kernel", str(self.kernel.image), "-initrd", str(build(self.kernel)),
+            "-append", "console=ttyS0 panic=-1 mitigations=off nokaslr loglevel=4 random.trust_cpu=on",
+        ]  # fmt: skip
+        for tag, path in shares.items():
+            readonly = "" if tag == "result" else ",readonly=on"
+            options = f"local,id={tag},path={path},security_model=none,multidevs=remap{readonly}"
+            command += ["-fsdev", options, "-device", f"virtio-9p-pci,fsdev={tag},mount_tag={tag}"]
+        return command
+
+
+def scratch(name: str) -> Path:
+    """An empty folder for a guest's results."""
+    folder = Path(os.environ.get("ENCLOS_VM_RESULTS", "build/vm")).absolute() / name
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    return folder

@@ -1,0 +1,33 @@
+#!/bin/sh
+# In the guest, after switch_root: what systemd would have made, then the command that the host left in /vm.
+mount -t proc -o nosuid,nodev,noexec proc /proc
+mount -t sysfs -o nosuid,nodev,noexec sysfs /sys
+mount -t devtmpfs -o mode=755,nosuid dev /dev
+mkdir -p /dev/pts /dev/shm /dev/mqueue
+mount -t devpts -o gid=5,mode=620,ptmxmode=666 devpts /dev/pts
+mount -t tmpfs -o mode=1777,nosuid,nodev shm /dev/shm
+mount -t mqueue mqueue /dev/mqueue
+mount -t cgroup2 -o nosuid,nodev,noexec cgroup2 /sys/fs/cgroup
+for folder in /run /tmp /var/tmp; do mount -t tmpfs -o mode=1777,nosuid,nodev tmpfs "$folder"; done
+chmod 755 /run
+for folder in /etc /var/lib/enclos-cluster; do
+    mkdir -p "$folder"
+    mount -t tmpfs -o mode=755 tmpfs "$folder"
+done
+tar -C /etc -xf /vm/etc.tar
+mount --make-rshared /
+# What systemd lets the kernel load at the first use: their nodes below /dev are there only then.
+modprobe -a loop fuse
+ln -sfn /proc/self/fd /dev/fd
+ip link set lo up
+hostname vm
+date -s "@$(cat /vm/clock)" > /dev/null
+export PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin HOME=/root TERM=vt100 LANG=C.UTF-8
+. /vm/variables
+sh /vm/command < /dev/console > /dev/console 2>&1
+echo $? > /vm/status
+dmesg > /vm/dmesg
+sync
+echo o > /proc/sysrq-trigger
+# The first process must not end before the machine does.
+while :; do read -r _ < /dev/console; done
