@@ -65,7 +65,8 @@ def _warm_up() -> None:
     for folder in ("runtime", "netns"):
         compileall.compile_dir(ROOT / folder, quiet=1)
     # Collecting compiles the tests, with pytest's changes to their assertions.
-    subprocess.run([".venv/bin/pytest", "-q", "--collect-only", *TESTS], cwd=ROOT, stdout=subprocess.DEVNULL, check=True)
+    collect = [".venv/bin/pytest", "-q", "--collect-only", *TESTS]
+    subprocess.run(collect, cwd=ROOT, stdout=subprocess.DEVNULL, check=True)
     for mpi in ("openmpi", "mpich"):
         image.make(mpi)
 
