@@ -267,8 +267,7 @@ class NodeStep(Step):
         if self._decision.remap_root:
             fields.append(("keep_caps", f"{ROOT_CAPABILITIES:x}"))
             fds["seccomp"] = self._seccomp()
-            if not self._decision.mount_home:
-                fields.append(("set", "HOME=/root"))
+            fields.append(("set", f"HOME={plan.ROOT_HOME}"))
         fields += self._environment()
         fields += self._entrypoint(fds)
         notices = (*self._notices, *self.container.warnings)

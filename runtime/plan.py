@@ -39,6 +39,7 @@ if TYPE_CHECKING:
 SAFE = MOUNT_ATTR_NOSUID | MOUNT_ATTR_NODEV
 KERNEL_FS = SAFE | MOUNT_ATTR_NOEXEC
 STANDARD_NODES = ("/dev/null", "/dev/zero", "/dev/full", "/dev/random", "/dev/urandom", "/dev/tty", "/dev/ptmx")
+ROOT_HOME = "/root"
 FIXED_TARGETS = ("/proc", "/sys", "/dev", "/etc/passwd", "/tmp")
 PROPAGATION = {"private": MS_PRIVATE, "slave": MS_SLAVE, "shared": MS_SHARED, "unbindable": MS_UNBINDABLE}
 MOUNT_FLAGS = {"noexec": MOUNT_ATTR_NOEXEC, "nosymfollow": MOUNT_ATTR_NOSYMFOLLOW}
@@ -83,7 +84,7 @@ def _early(
     origins = {
         "mounts.site": decision.site_mounts,
         "--container-slurm": node.slurm.mounts() if node.slurm else (),
-        "--container-mount-home": _home_mount(request, decision),
+        "--container-mount-home": _home_mounts(request, decision),
         "--container-mounts": decision.user_mounts,
     }
     wanted = [(mount, option) for option, listed in origins.items() for mount in listed]
@@ -120,6 +121,8 @@ def _early(
     commands = tuple(path for path, _ in node.slurm.commands) if node.slurm else ()
     targets = (*FIXED_TARGETS, f"{home}/", *slurm_directories(request), *commands)
     targets += tuple(mount.target for mount, _ in wanted)
+    if decision.remap_root:
+        targets += (op.APT_SETTING,)
     yield op.EnterRoot(node.stage, config.rootfs.tmpfs_size, targets)
     yield op.Attach("proc", "/proc")
     yield op.Attach("sys", "/sys")
@@ -136,6 +139,8 @@ def _early(
     yield op.WriteStaged("/etc/resolv.conf", "resolv.conf")
     yield op.WriteStaged("/etc/hosts", "hosts")
     yield op.WriteHostname()
+    if decision.remap_root:
+        yield op.SetUpPackageManagers()
     yield op.MakeDirectory("/tmp", 0o1777)
     yield op.MakeDirectory(home, 0o700)
     if node.slurm:
@@ -172,18 +177,18 @@ def slurm_directories(request: StepRequest) -> tuple[str, ...]:
 
 
 def home_directory(request: StepRequest, decision: Decision) -> str:
-    """The user's home inside: the one he has outside, or /root for a remapped root whose home is not mounted."""
-    if decision.remap_root and not decision.mount_home:
-        return "/root"
-    return request.home or "/"
+    """The user's home inside: the one he has outside, or /root for a remapped root."""
+    return ROOT_HOME if decision.remap_root else request.home or "/"
 
 
-def _home_mount(request: StepRequest, decision: Decision) -> tuple[Mount, ...]:
+def _home_mounts(request: StepRequest, decision: Decision) -> tuple[Mount, ...]:
+    """At its own path, which scripts hold; for a remapped root also where root's home is, as pyxis has it."""
     if not decision.mount_home:
         return ()
     if not request.home:
         raise errors.home_missing(request.home)
-    return (Mount(request.home, request.home, "bind", None, (), request.home),)
+    places = dict.fromkeys([request.home, home_directory(request, decision)])
+    return tuple(Mount(request.home, place, "bind", None, (), request.home) for place in places)
 
 
 def _attributes(mount: Mount) -> int:

@@ -5,6 +5,7 @@ anywhere. The order of the steps is plan.py's. Runs in a builder: as root up to 
 """
 
 from enclos.runtime.operations.assembly import (
+    APT_SETTING,
     Attach,
     CheckWorkdir,
     EnterRoot,
@@ -13,6 +14,7 @@ from enclos.runtime.operations.assembly import (
     MountInside,
     ReadImageEnvironment,
     SealRoot,
+    SetUpPackageManagers,
     Unmount,
     WriteAccounts,
     WriteHostname,
@@ -41,6 +43,7 @@ from enclos.runtime.operations.staging import (
 )
 
 __all__ = [
+    "APT_SETTING",
     "Attach",
     "AwaitServer",
     "BecomeUser",
@@ -60,6 +63,7 @@ __all__ = [
     "Operation",
     "ReadImageEnvironment",
     "SealRoot",
+    "SetUpPackageManagers",
     "StageDevices",
     "StageFilesystem",
     "StageText",

@@ -12,6 +12,8 @@ from enclos.runtime import environment, errors, etcfiles, linux, rootfs
 from enclos.runtime.builder import Builder
 from enclos.runtime.linux import MOUNT_ATTR_NODEV, MOUNT_ATTR_NOSUID, MOUNT_ATTR_RDONLY
 
+APT_SETTING = "/etc/apt/apt.conf.d/90enclos"
+
 
 @dataclass(frozen=True, slots=True)
 class EnterRoot:
@@ -172,6 +174,19 @@ class WriteAccounts:
         users = etcfiles.passwd(users, name, uid, gid, self.home, "/bin/sh")
         _replace(builder, "/etc/passwd", users)
         _replace(builder, "/etc/group", etcfiles.group(rootfs.read_file(root_fd, "/etc/group"), names))
+
+
+@dataclass(frozen=True, slots=True)
+class SetUpPackageManagers:
+    """Have apt stay root: it checks that its change to the user _apt took place, which the filter only pretends."""
+
+    def describe(self) -> str:
+        return "have apt stay root, if the image has it"
+
+    def execute(self, builder: Builder) -> None:
+        with suppress(OSError):
+            os.close(rootfs.open_inside(builder.fds["root"], os.path.dirname(APT_SETTING), os.O_PATH | os.O_DIRECTORY))
+            _replace(builder, APT_SETTING, b'APT::Sandbox::User "root";\n')
 
 
 @dataclass(frozen=True, slots=True)

@@ -278,7 +278,7 @@ def test_mount_home(idle: Cluster) -> None:
     assert out == "/home/usera\n61001\n"
     assert (home / "note").read_text() == "from inside\n"
     out = shell(idle, "echo ~; cat ~/note; stat -c %u ~", "--container-mount-home", "--container-remap-root")
-    assert out == "/home/usera\nfrom inside\n0\n"
+    assert out == "/root\nfrom inside\n0\n"
     assert shell(idle, "ls ~; stat -c %a ~", "--no-container-mount-home") == "700\n"
 
 
@@ -528,7 +528,7 @@ def test_site_defaults(strict: Cluster) -> None:
         touch /x 2>/dev/null || echo ro; touch /site/x 2>/dev/null || echo ro
         touch /scratch/x; dd if=/dev/zero of=/scratch/x bs=64k count=99 2>/dev/null || stat -c %s /scratch/x"""
     out = shell(strict, script).splitlines()
-    assert out == ["0", "/home/usera", "lo", "of the site", "fuse", "ro", "ro", "1048576"]
+    assert out == ["0", "/root", "lo", "of the site", "fuse", "ro", "ro", "1048576"]
 
 
 def test_user_overrides_site_defaults(strict: Cluster) -> None:
