@@ -24,6 +24,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from enclos.runtime import errors, linux, protocol
+from enclos.runtime.mounts import Mount
 
 if TYPE_CHECKING:
     from enclos.runtime.operations import Operation
@@ -49,6 +50,7 @@ class Builder:
     other_users: list[tuple[str, int, int]] = field(default_factory=list)
     image_path: str = ""
     image_is_directory: bool = False
+    image_mounts: list[Mount] = field(default_factory=list)
     rootfs_limit: str = ""
     texts: dict[str, bytes] = field(default_factory=dict)
     fds: dict[str, int] = field(default_factory=dict)

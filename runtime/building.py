@@ -260,7 +260,7 @@ class NodeStep(Step):
 
     def _make_reply(self) -> JoinReply:
         assert self.container is not None and self._decision is not None
-        fields = [("status", "ok"), ("workdir", self.request.workdir or "/")]
+        fields = [("status", "ok"), ("workdir", self.request.workdir or self.container.workdir or "/")]
         fds = dict(self.container.namespaces)
         if self._net_fd >= 0:
             fds["net"] = self._net_fd

@@ -38,6 +38,7 @@ class Container:
         self.namespaces: dict[str, int] = {}
         self.environment: list[str] = []
         self.entrypoint: list[str] = []
+        self.workdir = ""
         self.warnings: list[str] = []
         self.timings: list[tuple[str, float]] = []
         self.marks: list[tuple[str, float]] = []
@@ -207,6 +208,7 @@ class Container:
     def _take_results(self, message: Message) -> None:
         self.environment += message.all("env")
         self.entrypoint += message.all("entrypoint")
+        self.workdir = message.get("workdir", self.workdir)
         self.warnings += message.all("warning")
         for text in message.all("timing"):
             name, _, ms = text.partition(" ")

@@ -7,7 +7,7 @@ name a network interface are taken away where the container's network has no suc
 
 import ipaddress
 import re
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 # All of it travels in one packet of 128 KiB, with room for the rest of the reply.
@@ -36,24 +36,41 @@ class Unset:
 def parse_etc_environment(data: bytes) -> list[tuple[str, str]]:
     """The (name, value) lines of an image's /etc/environment, in order.
 
-    A line is `NAME=VALUE`, perhaps after `export `, the value perhaps in one pair of quotes. Other lines
-    are skipped. What is beyond MOST_VARIABLES or MOST_BYTES (names, values and two bytes each) is left
-    out: an image must not be able to fill the reply.
+    A line is `NAME=VALUE`, perhaps after `export `, the value perhaps in one pair of quotes.
     """
-    variables: list[tuple[str, str]] = []
-    room = MOST_BYTES
-    for raw in data[: 2 * MOST_BYTES].split(b"\n"):
-        line = raw.decode(errors="surrogateescape").strip().removeprefix("export ").lstrip()
-        name, separator, value = line.partition("=")
-        if not separator or not NAME.fullmatch(name) or "\0" in value:
+    return list(_bounded(_unquoted(raw) for raw in _lines(data)))
+
+
+def parse_plain(data: bytes) -> list[tuple[str, str]]:
+    """The (name, value) lines of a text in which nothing is quoted: a registry's configuration, Charliecloud's file."""
+    return list(_bounded(raw.partition("=")[::2] for raw in _lines(data) if "=" in raw))
+
+
+def _lines(data: bytes) -> Iterator[str]:
+    return (raw.decode(errors="surrogateescape") for raw in data[: 2 * MOST_BYTES].split(b"\n"))
+
+
+def _unquoted(raw: str) -> tuple[str, str]:
+    name, _, value = raw.strip().removeprefix("export ").lstrip().partition("=")
+    if len(value) >= 2 and value[0] == value[-1] and value[0] in "\"'":
+        value = value[1:-1]
+    return name, value
+
+
+def _bounded(variables: Iterable[tuple[str, str]]) -> Iterator[tuple[str, str]]:
+    """What are variables, as many as there is room for: an image must not be able to fill the reply.
+
+    What is beyond MOST_VARIABLES or MOST_BYTES (names, values and two bytes each) is left out.
+    """
+    room, count = MOST_BYTES, 0
+    for name, value in variables:
+        if not NAME.fullmatch(name) or "\0" in value:
             continue
-        if len(value) >= 2 and value[0] == value[-1] and value[0] in "\"'":
-            value = value[1:-1]
         room -= len(name) + len(value.encode(errors="surrogateescape")) + 2
-        if room < 0 or len(variables) == MOST_VARIABLES:
-            break
-        variables.append((name, value))
-    return variables
+        count += 1
+        if room < 0 or count > MOST_VARIABLES:
+            return
+        yield name, value
 
 
 def is_protected(name: str) -> bool:

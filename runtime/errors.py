@@ -164,6 +164,16 @@ def not_squashfs(reference: str) -> EnclosError:
     )
 
 
+def image_sif_unusable(reference: str, detail: str) -> EnclosError:
+    """A SIF file (Singularity, Apptainer) without a squashfs partition that this node can run."""
+    return UserError(
+        _image(reference),
+        "this SIF file cannot be used",
+        detail,
+        "it needs a squashfs root file system that is not encrypted, of the node's architecture",
+    )
+
+
 def image_truncated(reference: str, expected: int, found: int) -> EnclosError:
     """The file is shorter than its superblock says; both in bytes."""
     return UserError(

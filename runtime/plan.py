@@ -10,23 +10,15 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from enclos.runtime import errors, mounts
+from enclos.runtime import errors
 from enclos.runtime import operations as op
 from enclos.runtime.builder import Plan
 from enclos.runtime.idmap import IdMaps
 from enclos.runtime.linux import (
-    MOUNT_ATTR_NOATIME,
     MOUNT_ATTR_NODEV,
-    MOUNT_ATTR_NODIRATIME,
     MOUNT_ATTR_NOEXEC,
     MOUNT_ATTR_NOSUID,
-    MOUNT_ATTR_NOSYMFOLLOW,
     MOUNT_ATTR_RDONLY,
-    MOUNT_ATTR_STRICTATIME,
-    MS_PRIVATE,
-    MS_SHARED,
-    MS_SLAVE,
-    MS_UNBINDABLE,
 )
 from enclos.runtime.mounts import Mount
 from enclos.runtime.policy import Decision
@@ -41,15 +33,6 @@ KERNEL_FS = SAFE | MOUNT_ATTR_NOEXEC
 STANDARD_NODES = ("/dev/null", "/dev/zero", "/dev/full", "/dev/random", "/dev/urandom", "/dev/tty", "/dev/ptmx")
 ROOT_HOME = "/root"
 FIXED_TARGETS = ("/proc", "/sys", "/dev", "/etc/passwd", "/tmp")
-PROPAGATION = {"private": MS_PRIVATE, "slave": MS_SLAVE, "shared": MS_SHARED, "unbindable": MS_UNBINDABLE}
-MOUNT_FLAGS = {"noexec": MOUNT_ATTR_NOEXEC, "nosymfollow": MOUNT_ATTR_NOSYMFOLLOW}
-# Only of mounts that are new: the kernel does not let a user namespace change how another's mounts keep access times
-# (MNT_LOCK_ATIME in fs/namespace.c).
-TMPFS_FLAGS = MOUNT_FLAGS | {
-    "noatime": MOUNT_ATTR_NOATIME,
-    "nodiratime": MOUNT_ATTR_NODIRATIME,
-    "strictatime": MOUNT_ATTR_STRICTATIME,
-}
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,6 +70,7 @@ def _early(
         "--container-mount-home": _home_mounts(request, decision),
         "--container-mounts": decision.user_mounts,
     }
+    known = (("HOME", home), ("PWD", request.cwd), ("SLURM_JOB_ID", str(request.job)))
     wanted = [(mount, option) for option, listed in origins.items() for mount in listed]
 
     # As root: what only root may mount, and what has to be read before the image is the root.
@@ -115,9 +99,11 @@ def _early(
     yield op.EnterNamespaces()
     yield op.CloneDirectoryImage(request.image_path())
     yield op.AwaitServer(request.image_path())
+    if config.mounts.user:
+        yield op.CloneImageMounts(known)
     for index, (mount, option) in enumerate(wanted):
         if mount.kind == "bind":
-            yield _clone(index, mount, option)
+            yield op.clone(f"mount{index}", mount, option)
     commands = tuple(path for path, _ in node.slurm.commands) if node.slurm else ()
     targets = (*FIXED_TARGETS, f"{home}/", *slurm_directories(request), *commands)
     targets += tuple(mount.target for mount, _ in wanted)
@@ -132,9 +118,7 @@ def _early(
     yield op.Attach("terminals", "/dev/pts")
     yield op.Attach("shm", "/dev/shm")
     yield op.MountInside("mqueue", "/dev/mqueue", (), KERNEL_FS)
-    yield op.ReadImageEnvironment()
-    if decision.entrypoint:
-        yield op.FindEntrypoint()
+    yield op.ReadImageFacts(known, decision.entrypoint, not request.workdir)
     yield op.WriteAccounts(home, decision.remap_root)
     yield op.WriteStaged("/etc/resolv.conf", "resolv.conf")
     yield op.WriteStaged("/etc/hosts", "hosts")
@@ -145,8 +129,10 @@ def _early(
     yield op.MakeDirectory(home, 0o700)
     if node.slurm:
         yield op.WriteProgram(commands, node.slurm.program)
+    if config.mounts.user:
+        yield op.PlaceImageMounts()
     for index, (mount, option) in enumerate(wanted):
-        yield _place(index, mount, option)
+        yield op.place(f"mount{index}", mount, option)
 
 
 def late(request: StepRequest, decision: Decision, directories: Sequence[str]) -> Plan:
@@ -189,38 +175,3 @@ def _home_mounts(request: StepRequest, decision: Decision) -> tuple[Mount, ...]:
         raise errors.home_missing(request.home)
     places = dict.fromkeys([request.home, home_directory(request, decision)])
     return tuple(Mount(request.home, place, "bind", None, (), request.home) for place in places)
-
-
-def _attributes(mount: Mount) -> int:
-    flags = MOUNT_FLAGS if mount.kind == "bind" else TMPFS_FLAGS
-    attributes = SAFE | (MOUNT_ATTR_RDONLY if mount.read_only else 0)
-    for option in mount.options:
-        attributes |= flags.get(option, 0)
-    return attributes
-
-
-def _clone(index: int, mount: Mount, option: str) -> op.CloneSource:
-    optional = "nofail" in mount.options
-    return op.CloneSource(
-        f"mount{index}", mount.source, mount.target, _attributes(mount), _propagation(mount), optional, option
-    )
-
-
-def _propagation(mount: Mount) -> int:
-    """Slave by default: what the node mounts later appears inside."""
-    return next((PROPAGATION[o.removeprefix("r")] for o in mount.options if o in mounts.PROPAGATION), MS_SLAVE)
-
-
-def _place(index: int, mount: Mount, option: str) -> op.Operation:
-    """One of the user's or the site's mounts onto its target, in the order in which they were given."""
-    optional = "nofail" in mount.options
-    if mount.kind == "bind":
-        return op.Attach(f"mount{index}", mount.target, mount.source, optional, option)
-    if mount.kind == "umount":
-        return op.Unmount(mount.target, optional, option)
-    options: list[tuple[str, str | None]] = [("mode", "1777")] if mount.kind == "tmpfs" else [("ptmxmode", "0666")]
-    for flag in mount.options:
-        name, equals, value = flag.partition("=")
-        if equals and name in mounts.TMPFS_VALUES:
-            options.append((name, value))
-    return op.MountInside(mount.kind, mount.target, tuple(options), _attributes(mount), option)

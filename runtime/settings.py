@@ -381,7 +381,7 @@ OPTIONS: tuple[Option, ...] = (
     option(
         "image",
         "PATH",
-        "run the step in a container made from this image: a squashfs file or a directory on the node",
+        "run the step in a container made from this image: a squashfs or SIF file or a directory on the node",
         "The path is looked up on the compute node with your rights. ./PATH starts at the step's working "
         "directory.",
         checks=early.IMAGE,

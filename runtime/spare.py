@@ -19,7 +19,7 @@ REHEARSAL = (
     op.StageText("hosts", "/etc/hosts"),
     op.StageDevices("dev", ("/dev/null",)),
     op.StageFilesystem("root", "tmpfs", (("size", "2m"), ("mode", "0755")), linux.MOUNT_ATTR_NOSUID),
-    op.ReadImageEnvironment(),
+    op.ReadImageFacts((), entrypoint=False, workdir=False),
     op.WriteAccounts("/", remap_root=False),
     op.WriteStaged("/etc/hosts", "hosts"),
     op.WriteHostname(),

@@ -39,8 +39,8 @@ class Superblock:
     bytes_used: int
 
 
-def check_superblock(fd: int) -> Superblock:
-    """Read the head of an open file and compare it with the file's size.
+def check_superblock(fd: int, offset: int = 0, size: int = 0) -> Superblock:
+    """Read the head of an open file, or of a part of it, and compare it with the file's or the part's size.
 
     Raises:
         NotSquashfs, Truncated.
@@ -48,14 +48,15 @@ def check_superblock(fd: int) -> Superblock:
     status = os.fstat(fd)
     if not stat.S_ISREG(status.st_mode):
         raise NotSquashfs("not a regular file")
-    head = os.pread(fd, SUPERBLOCK.size, 0)
+    head = os.pread(fd, SUPERBLOCK.size, offset)
+    size = size or status.st_size - offset
     if head[:4] != MAGIC.to_bytes(4, "little"):
         raise NotSquashfs("no squashfs magic number")
     if len(head) < SUPERBLOCK.size:
-        raise Truncated(status.st_size, SUPERBLOCK.size)
+        raise Truncated(size, SUPERBLOCK.size)
     superblock = parse(head)
-    if status.st_size < superblock.bytes_used:
-        raise Truncated(status.st_size, superblock.bytes_used)
+    if size < superblock.bytes_used:
+        raise Truncated(size, superblock.bytes_used)
     return superblock
 
 

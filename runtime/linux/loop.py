@@ -10,7 +10,7 @@ from enclos.runtime.linux.failure import check, failure
 ATTEMPTS = 64
 
 
-def loop_attach(file_fd: int, name: str) -> tuple[int, str]:
+def loop_attach(file_fd: int, name: str, offset: int = 0, size: int = 0) -> tuple[int, str]:
     """Attach an open file, read-only, to a free loop device, which ends with its last user.
 
     The device takes a reference of its own: `file_fd` may be closed. Close the descriptor that is
@@ -19,6 +19,8 @@ def loop_attach(file_fd: int, name: str) -> tuple[int, str]:
     Args:
         file_fd: open for reading.
         name: what `losetup` shows, cut to 63 bytes.
+        offset, size: the part of the file in bytes; a size of 0 means all that follows. The kernel counts in blocks
+            of 512 bytes from the offset, so a size that is no multiple loses its end.
 
     Returns:
         (descriptor of the device, "/dev/loopN").
@@ -27,7 +29,7 @@ def loop_attach(file_fd: int, name: str) -> tuple[int, str]:
     try:
         for _ in range(ATTEMPTS):
             number = check(lib.enclos_loop_free(control_fd), "/dev/loop-control")
-            attached = _configure(number, file_fd, name)
+            attached = _configure(number, file_fd, name, offset, size)
             if attached is not None:
                 return attached
         raise OSError(errno.EBUSY, os.strerror(errno.EBUSY), "/dev/loop-control")
@@ -35,7 +37,7 @@ def loop_attach(file_fd: int, name: str) -> tuple[int, str]:
         os.close(control_fd)
 
 
-def _configure(number: int, file_fd: int, name: str) -> tuple[int, str] | None:
+def _configure(number: int, file_fd: int, name: str, offset: int, size: int) -> tuple[int, str] | None:
     """None if another process took the device since the kernel called it free."""
     path = f"/dev/loop{number}"
     try:
@@ -45,7 +47,7 @@ def _configure(number: int, file_fd: int, name: str) -> tuple[int, str] | None:
         if error.errno == errno.ENXIO:
             return None
         raise
-    if lib.enclos_loop_configure(loop_fd, file_fd, os.fsencode(name)) == 0:
+    if lib.enclos_loop_configure(loop_fd, file_fd, os.fsencode(name), offset, size) == 0:
         return loop_fd, path
     problem = failure(path)
     os.close(loop_fd)

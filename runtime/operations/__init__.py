@@ -9,10 +9,8 @@ from enclos.runtime.operations.assembly import (
     Attach,
     CheckWorkdir,
     EnterRoot,
-    FindEntrypoint,
     MakeDirectory,
     MountInside,
-    ReadImageEnvironment,
     SealRoot,
     SetUpPackageManagers,
     Unmount,
@@ -24,6 +22,7 @@ from enclos.runtime.operations.assembly import (
 from enclos.runtime.operations.common import (
     Operation,
 )
+from enclos.runtime.operations.image import CloneImageMounts, PlaceImageMounts, ReadImageFacts
 from enclos.runtime.operations.namespaces import (
     AwaitServer,
     BecomeUser,
@@ -41,6 +40,7 @@ from enclos.runtime.operations.staging import (
     StageFilesystem,
     StageText,
 )
+from enclos.runtime.operations.usermounts import clone, place
 
 __all__ = [
     "APT_SETTING",
@@ -50,18 +50,19 @@ __all__ = [
     "CheckWorkdir",
     "CloneDirectoryImage",
     "CloneHostPath",
+    "CloneImageMounts",
     "CloneSource",
     "EnterNamespaces",
     "EnterRoot",
     "EnterUserNamespace",
-    "FindEntrypoint",
     "JoinNetwork",
     "LookUpAccounts",
     "MakeDirectory",
     "MountInside",
     "OpenImage",
     "Operation",
-    "ReadImageEnvironment",
+    "PlaceImageMounts",
+    "ReadImageFacts",
     "SealRoot",
     "SetUpPackageManagers",
     "StageDevices",
@@ -72,4 +73,6 @@ __all__ = [
     "WriteHostname",
     "WriteProgram",
     "WriteStaged",
+    "clone",
+    "place",
 ]

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import os
-import stat
 import sys
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 
-from enclos.runtime import environment, errors, etcfiles, linux, rootfs
+from enclos.runtime import errors, etcfiles, linux, rootfs
 from enclos.runtime.builder import Builder
 from enclos.runtime.linux import MOUNT_ATTR_NODEV, MOUNT_ATTR_NOSUID, MOUNT_ATTR_RDONLY
 
@@ -33,7 +33,8 @@ class EnterRoot:
         linux.move_mount(builder.fds["upper"], linux.AT_FDCWD, self.stage)
         linux.move_mount(builder.fds["lower"], linux.AT_FDCWD, f"{self.stage}/lower")
         if os.fstat(builder.fds["lower"]).st_uid != os.getuid():
-            self._shadow_parents(builder.fds["lower"])
+            targets = (*self.targets, *(mount.target for mount in builder.image_mounts))
+            self._shadow_parents(builder.fds["lower"], targets)
         layers = [(f"{layer}dir", f"{self.stage}/{layer}") for layer in ("lower", "upper", "work")]
         attributes = MOUNT_ATTR_NOSUID | MOUNT_ATTR_NODEV
         root_fd = linux.mount_filesystem("overlay", (*layers, ("userxattr", None)), attributes)
@@ -44,11 +45,11 @@ class EnterRoot:
         builder.drop("upper")
         builder.keep("root", root_fd)
 
-    def _shadow_parents(self, lower_fd: int) -> None:
+    def _shadow_parents(self, lower_fd: int, targets: Sequence[str]) -> None:
         """Root's files in a squashfs image are shown as the user's; those of a directory stay whose they are."""
         layer_fd = os.open(f"{self.stage}/upper", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
         try:
-            for target in self.targets:
+            for target in targets:
                 rootfs.shadow_parents(lower_fd, layer_fd, target)
         finally:
             os.close(layer_fd)
@@ -217,42 +218,6 @@ class MakeDirectory:
     def execute(self, builder: Builder) -> None:
         with suppress(PermissionError, NotADirectoryError, FileExistsError):
             os.close(rootfs.make_directories(builder.fds["root"], self.path, self.mode))
-
-
-@dataclass(frozen=True, slots=True)
-class ReadImageEnvironment:
-    """Report the variables that the image sets, from its /etc/environment."""
-
-    def describe(self) -> str:
-        return "read the environment of the image"
-
-    def execute(self, builder: Builder) -> None:
-        for name, value in environment.parse_etc_environment(rootfs.read_file(builder.fds["root"], "/etc/environment")):
-            builder.results.append(("env", f"{name}={value}"))
-
-
-@dataclass(frozen=True, slots=True)
-class FindEntrypoint:
-    """Report the words with which the image's entrypoint starts; none if it has none.
-
-    In enroot's images it is the script /etc/rc, which executes its arguments at its end.
-    """
-
-    def describe(self) -> str:
-        return "find the entrypoint of the image"
-
-    def execute(self, builder: Builder) -> None:
-        try:
-            fd = rootfs.open_inside(builder.fds["root"], "/etc/rc", os.O_PATH)
-        except OSError:
-            return
-        try:
-            status = os.fstat(fd)
-        finally:
-            os.close(fd)
-        if stat.S_ISREG(status.st_mode):
-            words = ["/etc/rc"] if status.st_mode & 0o111 else ["/bin/sh", "/etc/rc"]
-            builder.results += [("entrypoint", word) for word in words]
 
 
 @dataclass(frozen=True, slots=True)

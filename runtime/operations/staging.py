@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from enclos.runtime import errors, linux, rootfs
 from enclos.runtime.builder import Builder
 from enclos.runtime.idmap import image_map
-from enclos.runtime.images import origin, squashfs
+from enclos.runtime.images import origin, sif, squashfs
 from enclos.runtime.linux import (
     CLONE_NEWNET,
     MOUNT_ATTR_IDMAP,
@@ -124,15 +124,14 @@ class OpenImage:
         with builder.as_user():
             fd = builder.keep("image", self._open())
             status = os.fstat(fd)
-            if stat.S_ISREG(status.st_mode):
-                self._check(fd)
+            extent = self._find(fd) if stat.S_ISREG(status.st_mode) else sif.Extent()
         if stat.S_ISDIR(status.st_mode):
             builder.image_is_directory = True  # CloneDirectoryImage goes on with it.
         elif stat.S_ISREG(status.st_mode):
             if self.user_files == "trust" or _is_roots(fd, status):
-                self._mount_squashfs(builder, fd, status)
+                self._mount_squashfs(builder, fd, status, extent)
             elif self.user_files == "fuse":
-                self._serve(builder, fd)
+                self._serve(builder, fd, extent)
             else:
                 raise errors.image_untrusted(self.path)
         else:
@@ -150,15 +149,20 @@ class OpenImage:
                 raise errors.image_not_found(self.path) from error
             raise
 
-    def _check(self, fd: int) -> None:
+    def _find(self, fd: int) -> sif.Extent:
+        """Where in the file its squashfs is: it is one, or a SIF file that has one."""
         try:
-            squashfs.check_superblock(fd)
+            extent = sif.find_root(fd, os.uname().machine) if sif.is_sif(fd) else sif.Extent()
+            squashfs.check_superblock(fd, extent.offset, extent.size)
+            return extent
+        except sif.BadSif as error:
+            raise errors.image_sif_unusable(self.path, str(error)) from error
         except squashfs.NotSquashfs as error:
             raise errors.not_squashfs(self.path) from error
         except squashfs.Truncated as error:
             raise errors.image_truncated(self.path, error.wanted_bytes, error.file_bytes) from error
 
-    def _mount_squashfs(self, builder: Builder, fd: int, status: os.stat_result) -> None:
+    def _mount_squashfs(self, builder: Builder, fd: int, status: os.stat_result, extent: sif.Extent) -> None:
         """Show the image as the user's: on-disk owner 0 becomes the job's uid on this clone of the mount."""
         key = f"{status.st_dev:x}-{status.st_ino:x}-{status.st_size:x}-{status.st_mtime_ns:x}-{status.st_ctime_ns:x}"
         with builder.need("image", ("key", key), ("path", self.path)) as answer:
@@ -166,7 +170,7 @@ class OpenImage:
                 builder.keep(name, given)
         mount_fd, idmap_fd = builder.fds.get("mounted", -1), builder.fds.get("idmap", -1)
         if mount_fd < 0:
-            mount_fd = self._attach_loop(builder, fd, key)
+            mount_fd = self._attach_loop(builder, fd, key, extent)
         if idmap_fd < 0:
             maps = image_map(builder.uid), image_map(builder.gid)
             try:
@@ -182,19 +186,20 @@ class OpenImage:
         builder.drop("mounted")
         builder.drop("idmap")
 
-    def _serve(self, builder: Builder, fd: int) -> None:
+    def _serve(self, builder: Builder, fd: int, extent: sif.Extent) -> None:
         """Have the agent start a server for the file; AwaitServer finds out whether it can read it."""
-        with builder.need("server", ("offset", "0"), fds=[fd]) as answer:
+        with builder.need("server", ("offset", str(extent.offset)), fds=[fd]) as answer:
             for name, given in zip(("lower", "complaints"), answer.take_fds(), strict=True):
                 builder.keep(name, given)
 
-    def _attach_loop(self, builder: Builder, fd: int, key: str) -> int:
+    def _attach_loop(self, builder: Builder, fd: int, key: str, extent: sif.Extent) -> int:
         """Mount the file through a loop device that the kernel frees with its last mount.
 
         The agent attaches the mount in its own mount namespace: before Linux 6.15 a detached mount
         can't be cloned.
         """
-        loop_fd, device = linux.loop_attach(fd, self.path[-63:])
+        size = -(-extent.size // 512) * 512  # The kernel would leave out the last sector of an odd size.
+        loop_fd, device = linux.loop_attach(fd, self.path[-63:], extent.offset, size)
         try:
             options = (("source", device),)
             attributes = MOUNT_ATTR_NOSUID | MOUNT_ATTR_NODEV | MOUNT_ATTR_RDONLY

@@ -34,6 +34,7 @@ SAMPLES: dict[str, tuple[object, ...]] = {
     "image_wrong_kind": ("/dev/null",),
     "image_has_mounts": ("/images/mpi",),
     "not_squashfs": ("/images/notes.txt",),
+    "image_sif_unusable": ("/home/usera/mpi.sif", "its root file system is ext3"),
     "image_truncated": (IMAGE, 81920, 4096),
     "image_damaged": (IMAGE, "input/output error"),
     "image_untrusted": ("/home/usera/mine.sqsh",),
