@@ -11,6 +11,7 @@ PACKAGES = {
     "enclos.runtime": "runtime",
     "enclos.runtime.cli": "runtime/cli",
     "enclos.runtime.cluster": "runtime/cluster",
+    "enclos.runtime.devices": "runtime/devices",
     "enclos.runtime.images": "runtime/images",
     "enclos.runtime.linux": "runtime/linux",
     "enclos.runtime.operations": "runtime/operations",

@@ -491,6 +491,88 @@ def rootfs_full(limit: str) -> EnclosError:
     )
 
 
+# ---------------------------------------------------------------- devices
+
+
+def _device(text: str) -> str:
+    return f"--container-device={text}"
+
+
+def device_unknown(text: str, known: Sequence[str]) -> EnclosError:
+    """No CDI file of the node describes it."""
+    shown = ", ".join(known[:8]) + (", …" if len(known) > 8 else "")
+    return UserError(
+        _device(text),
+        "no such device on this node",
+        f"there are {shown}" if known else "it has no CDI files",
+        "'enclos check' on the node lists its CDI files",
+    )
+
+
+def device_forbidden(text: str) -> EnclosError:
+    """Neither granted by Slurm nor allowed by devices.allow."""
+    return UserError(
+        _device(text),
+        "this device is not allowed",
+        "neither granted by Slurm nor in devices.allow",
+        "request GPUs with --gres or --gpus; administrator: devices.allow in enclos.yaml",
+    )
+
+
+def device_not_granted(text: str) -> EnclosError:
+    """A GPU that Slurm manages and that is not the step's."""
+    return UserError(
+        _device(text),
+        "Slurm did not grant this GPU to the step",
+        hint="drop the option: granted GPUs are in the container without it; '=all' names them as well",
+    )
+
+
+def cdi_broken(file: str, detail: str) -> EnclosError:
+    """A CDI file that may describe what is looked for cannot be used."""
+    return AdminError(file, "this CDI file cannot be used", detail, ADMIN + "mend it, or generate it anew")
+
+
+def cdi_conflict(device: str, one: str, other: str) -> EnclosError:
+    """Two files of one directory describe the same device."""
+    return AdminError(
+        f"device {device}", "two CDI files describe it", f"{one} and {other}", ADMIN + "remove one of the files"
+    )
+
+
+def cdi_node_missing(file: str, path: str) -> EnclosError:
+    """A CDI file names a device node that the node does not have, or that is none."""
+    return AdminError(
+        file, f"names {path}, which is no device node here", hint=ADMIN + "load the driver, then generate the file anew"
+    )
+
+
+def cdi_mount_failed(file: str, path: str, number: int) -> EnclosError:
+    """A CDI file names a file or directory of the host that the user cannot open."""
+    return AdminError(
+        file, f"names {path}, which cannot be mounted", reason(number), ADMIN + "generate the file anew"
+    )
+
+
+def gpu_unknown(number: int, count: int) -> EnclosError:
+    """Slurm granted a GPU that slurmd's list does not have."""
+    return AdminError(
+        "devices.gpus",
+        f"Slurm granted GPU {number}, but the list of this node's GPUs has {count}",
+        hint=ADMIN + "compare devices.gpus in enclos.yaml, or 'slurmd -G', with gres.conf",
+    )
+
+
+def gpus_not_listed(detail: str) -> EnclosError:
+    """slurmd does not say which device files its GPUs are."""
+    return AdminError(
+        "devices.gpus",
+        "cannot learn which device files Slurm's GPUs have",
+        detail,
+        ADMIN + "'slurmd -G' has to work as root, or set devices.gpus in enclos.yaml",
+    )
+
+
 # ---------------------------------------------------------------- options
 
 
