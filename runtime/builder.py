@@ -24,6 +24,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from enclos.runtime import errors, linux, protocol
+from enclos.runtime.devices.cdi import Edits
 from enclos.runtime.mounts import Mount
 
 if TYPE_CHECKING:
@@ -52,6 +53,7 @@ class Builder:
     image_is_directory: bool = False
     image_mounts: list[Mount] = field(default_factory=list)
     rootfs_limit: str = ""
+    devices: Edits = field(default_factory=Edits)
     texts: dict[str, bytes] = field(default_factory=dict)
     fds: dict[str, int] = field(default_factory=dict)
     results: list[tuple[str, str]] = field(default_factory=list)

@@ -17,6 +17,7 @@ from enclos.netns import facts, namespace, relay
 from enclos.runtime import cgroup, environment, errors, linux, plan, policy, seccomp
 from enclos.runtime.connection import wait_readable
 from enclos.runtime.container import Container, clone_directories
+from enclos.runtime.devices import choice
 from enclos.runtime.idmap import container_maps
 from enclos.runtime.jobs import word
 from enclos.runtime.members import identity
@@ -99,7 +100,7 @@ class NodeStep(Step):
         return await asyncio.shield(self.ready)
 
     async def _serve_first(self, wanted: StepRequest) -> JoinReply:
-        if (wanted.image_path(), wanted.mounts) != (self.request.image_path(), self.request.mounts):
+        if _differs(wanted, self.request):
             await self._begin_anew(wanted)
         return await self._finish()
 
@@ -126,12 +127,14 @@ class NodeStep(Step):
         try:
             self.record["cgroup"] = cgroup.step_cgroup(self.request.stepd)
             slurm = await _slurm_client() if decision.slurm else None
-            node = plan.NodeFacts(self._around.stage, self.record["cgroup"], slurm)
+            devices = await self._around.devices.select(self.request)
+            node = plan.NodeFacts(self._around.stage, self.record["cgroup"], slurm, devices)
             early = plan.make(self.request, decision, config, maps, node)
             self.container = Container(self._around.spawner, self._around.images)
             self._write_record()
             await self.container.build(early, lambda: self._network_descriptors(network))
             await network
+            self.record["devices"] = self.container.devices
             self._mark("built")
         except BaseException:
             network.cancel()
@@ -299,6 +302,9 @@ class NodeStep(Step):
         for name, value in environment.from_image(pairs, ()):
             keeps = any(_matches(pattern, name) for pattern in self.request.environment)
             fields.append(("default" if keeps else "set", f"{name}={value}"))
+        fields += [("set", entry) for entry in self.container.device_environment]
+        if places := choice.renumber(self.request.gpus, self.request.gpu_numbers, self.container.gpus):
+            fields.append(("gpu_places", ",".join(f"{number}:{place}" for number, place in places.items())))
         if self._net_fd >= 0 and self.request.interface_variables:
             names = ["lo", *([self._around.config.network.ifname] if self.network == "job" else [])]
             addresses = [address for address in self.addresses if address]
@@ -387,6 +393,7 @@ def _record(request: StepRequest) -> dict[str, Any]:
         "network": "",
         "ipv4": "",
         "ipv6": "",
+        "devices": [],
         "tasks": request.tasks,
         "state": "building",
         "started": time.time(),
@@ -397,6 +404,11 @@ def _record(request: StepRequest) -> dict[str, Any]:
         "server": None,
         "cgroup": "",
     }
+
+
+def _differs(wanted: StepRequest, begun: StepRequest) -> bool:
+    """What only a task knows for sure."""
+    return (wanted.image_path(), wanted.mounts, wanted.gpus) != (begun.image_path(), begun.mounts, begun.gpus)
 
 
 def _retrieve(task: asyncio.Task[Any]) -> None:

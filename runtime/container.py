@@ -39,6 +39,9 @@ class Container:
         self.environment: list[str] = []
         self.entrypoint: list[str] = []
         self.workdir = ""
+        self.devices: list[str] = []
+        self.device_environment: list[str] = []
+        self.gpus: list[int] = []
         self.warnings: list[str] = []
         self.timings: list[tuple[str, float]] = []
         self.marks: list[tuple[str, float]] = []
@@ -209,6 +212,9 @@ class Container:
         self.environment += message.all("env")
         self.entrypoint += message.all("entrypoint")
         self.workdir = message.get("workdir", self.workdir)
+        self.devices += message.all("device")
+        self.device_environment += message.all("device_env")
+        self.gpus += [int(number) for number in message.all("gpu")]
         self.warnings += message.all("warning")
         for text in message.all("timing"):
             name, _, ms = text.partition(" ")

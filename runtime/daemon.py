@@ -22,6 +22,7 @@ from enclos.netns import facts, guard, underlay
 from enclos.runtime import adoption, config, errors, linux, protocol
 from enclos.runtime.agent import Agent
 from enclos.runtime.connection import Connection, wait_readable
+from enclos.runtime.devices.node import NodeDevices
 from enclos.runtime.images.store import MountedImages
 from enclos.runtime.jobs import Jobs, word
 from enclos.runtime.journal import Journal
@@ -93,7 +94,8 @@ async def run(config_path: str, node: str) -> None:
     gate, found = _raise_guard(node, loaded.config)
     jobs = Jobs(node, loaded.config, journal, spawner, gate, found)
     images = MountedImages(images_directory, loaded.config.images.idle_seconds)
-    around = Surroundings(node, loaded.config, stage, journal, spawner, images, jobs)
+    devices = NodeDevices(node, loaded.config.devices)
+    around = Surroundings(node, loaded.config, stage, journal, spawner, images, jobs, devices)
     agent = Agent(around, loaded.path)
     adoption.adopt(agent)
     if loaded.config.step.spare_builder:

@@ -52,6 +52,14 @@ IMAGE = (GIVEN,)
 WORKDIR = (GIVEN,)
 NETWORK = (GIVEN, Check(one_of("job", "host", "none"), "no such network (job, host or none)"))
 ENV = (GIVEN, Check("[A-Za-z_][A-Za-z0-9_.-]*", "invalid format: not a list of names of variables", each=True))
+DEVICE = (
+    GIVEN,
+    Check(
+        "[A-Za-z][A-Za-z0-9._-]*/[A-Za-z][A-Za-z0-9._-]*=[A-Za-z0-9][A-Za-z0-9._:-]*",
+        "invalid format: expected VENDOR/CLASS=NAME, or VENDOR/CLASS=all",
+        each=True,
+    ),
+)
 UNSHARE = (
     GIVEN,
     Check(one_of(*NAMESPACES, "pid"), "unknown namespace (net, ipc or uts)", each=True),

@@ -17,7 +17,16 @@ from pathlib import Path
 from typing import Any
 
 from enclos.runtime.config import yaml_value
-from enclos.runtime.settings import INTERFACE_VARIABLES, OPTIONS, Config, Option, Row, rows, subsections
+from enclos.runtime.settings import (
+    INTERFACE_VARIABLES,
+    OPTIONS,
+    VISIBLE_VARIABLES,
+    Config,
+    Option,
+    Row,
+    rows,
+    subsections,
+)
 
 ROOT = Path(__file__).resolve().parent.parent
 NOTE = "made by 'python -m enclos.runtime.settings --write' from runtime/settings.py: change that"
@@ -71,10 +80,10 @@ def c_header() -> str:
     lines += [
         "};",
         "",
-        "/* Variables that name an interface; ends with NULL. */",
-        "static const char *const enclos_interface_variables[] = {",
+        "/* Variables of the job that the agent has to know; ends with NULL. */",
+        "static const char *const enclos_sent_variables[] = {",
     ]
-    lines += [f"\t{_c(name)}," for name in INTERFACE_VARIABLES]
+    lines += [f"\t{_c(name)}," for name in (*INTERFACE_VARIABLES, *VISIBLE_VARIABLES)]
     lines += ["\tNULL,", "};", "", "#endif", ""]
     return "\n".join(lines)
 

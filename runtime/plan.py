@@ -7,12 +7,13 @@ Pure: makes no system call, so `enclos render` can print a plan anywhere and gol
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from enclos.runtime import errors
 from enclos.runtime import operations as op
 from enclos.runtime.builder import Plan
+from enclos.runtime.devices.choice import Selection
 from enclos.runtime.idmap import IdMaps
 from enclos.runtime.linux import (
     MOUNT_ATTR_NODEV,
@@ -43,11 +44,13 @@ class NodeFacts:
         stage: directory in the agent's mount namespace on which every builder mounts its own stage.
         step_cgroup: directory of the step's cgroup v2, or empty where Slurm uses none.
         slurm: Slurm's commands, where a step wants them inside.
+        devices: what the step may have of the CDI files.
     """
 
     stage: str
     step_cgroup: str = ""
     slurm: SlurmClient | None = None
+    devices: Selection = field(default_factory=Selection)
 
 
 def make(request: StepRequest, decision: Decision, config: Config, maps: IdMaps, node: NodeFacts) -> Plan:
@@ -78,6 +81,8 @@ def _early(
     yield op.OpenImage(request.image_path(), config.images.user_files)
     yield op.StageText("resolv.conf", "/etc/resolv.conf")
     yield op.StageText("hosts", "/etc/hosts")
+    if node.devices or node.devices.notices:
+        yield op.SelectDevices(node.devices, tuple(request.visible.items()), known)
     yield op.StageDevices("dev", (*STANDARD_NODES, *config.devices.nodes))
     # The node's, not an instance of its own: the terminal of `srun --pty` has a name only there.
     yield op.CloneHostPath("terminals", "/dev/pts", MOUNT_ATTR_NOSUID | MOUNT_ATTR_NOEXEC)
@@ -104,9 +109,11 @@ def _early(
     for index, (mount, option) in enumerate(wanted):
         if mount.kind == "bind":
             yield op.clone(f"mount{index}", mount, option)
+    if node.devices:
+        yield op.CloneDevices()
     commands = tuple(path for path, _ in node.slurm.commands) if node.slurm else ()
     targets = (*FIXED_TARGETS, f"{home}/", *slurm_directories(request), *commands)
-    targets += tuple(mount.target for mount, _ in wanted)
+    targets += (*(mount.target for mount, _ in wanted), *_device_targets(node.devices))
     if decision.remap_root:
         targets += (op.APT_SETTING,)
     yield op.EnterRoot(node.stage, config.rootfs.tmpfs_size, targets)
@@ -129,6 +136,9 @@ def _early(
     yield op.MakeDirectory(home, 0o700)
     if node.slurm:
         yield op.WriteProgram(commands, node.slurm.program)
+    if node.devices:
+        yield op.AttachDevices()
+        yield op.JoinLibraries()
     if config.mounts.user:
         yield op.PlaceImageMounts()
     for index, (mount, option) in enumerate(wanted):
@@ -175,3 +185,10 @@ def _home_mounts(request: StepRequest, decision: Decision) -> tuple[Mount, ...]:
         raise errors.home_missing(request.home)
     places = dict.fromkeys([request.home, home_directory(request, decision)])
     return tuple(Mount(request.home, place, "bind", None, (), request.home) for place in places)
+
+
+def _device_targets(devices: Selection) -> tuple[str, ...]:
+    """Where devices may mount or link something."""
+    edits = devices.edits()
+    places = (*(mount.target for mount in edits.mounts), *(link.path for link in edits.links))
+    return (*places, *(f"{folder}/x" for folder in edits.library_folders))

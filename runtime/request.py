@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from enclos.runtime import errors, mounts
+from enclos.runtime.devices import cdi
 from enclos.runtime.early import NAMESPACES
 from enclos.runtime.mounts import Mount
+from enclos.runtime.settings import INTERFACE_VARIABLES, VISIBLE_VARIABLES
 
 BATCH_STEP = 4294967291
 INTERACTIVE_STEP = 4294967290
@@ -37,6 +39,9 @@ class StepRequest:
 
     `network` is "" and the flags are None where the user said nothing; policy.decide()
     puts the site's choice there. `image` is as typed; image_path() makes a path of it.
+    `devices` are (kind, name) of CDI devices; `gpus` Slurm's numbers of the step's GPUs on this
+    node and `gpu_numbers` what Slurm wrote for them into CUDA_VISIBLE_DEVICES; `visible` the job's
+    variables that narrow them.
     """
 
     job: int
@@ -62,6 +67,11 @@ class StepRequest:
     slurm: bool
     environment: tuple[str, ...]
     interface_variables: Mapping[str, str]
+    devices: tuple[tuple[str, str], ...] = ()
+    gpus: tuple[int, ...] = ()
+    gpu_numbers: tuple[int, ...] = ()
+    visible: Mapping[str, str] = field(default_factory=dict)
+    slurm_conf: str = ""
 
     @property
     def asks_by_default(self) -> bool:
@@ -115,7 +125,12 @@ def parse(fields: Fields) -> StepRequest:
         entrypoint_log=_flag(fields, "entrypoint-log") is True,
         slurm=_flag(fields, "slurm") is True,
         environment=_environment(fields),
-        interface_variables=_interface_variables(fields),
+        interface_variables=_variables(fields, INTERFACE_VARIABLES),
+        devices=_devices(fields),
+        gpus=_gpus(fields),
+        gpu_numbers=_gpu_numbers(fields),
+        visible=_variables(fields, VISIBLE_VARIABLES),
+        slurm_conf=_path(fields, "conf"),
     )
 
 
@@ -145,6 +160,27 @@ def _groups(fields: Fields) -> tuple[int, ...]:
     if len(groups) > GROUP_LIMIT:
         raise errors.bad_request("groups: too many")
     return tuple(groups)
+
+
+def _gpus(fields: Fields) -> tuple[int, ...]:
+    """Slurm's numbers of the step's GPUs. slurmstepd sets them for a step that has some, and takes others' away."""
+    text = _last(fields, "gpus")
+    numbers = _numbers(text)
+    if text and not numbers:
+        raise errors.bad_request(f"gpus={text[:32]}")
+    return tuple(dict.fromkeys(numbers))
+
+
+def _gpu_numbers(fields: Fields) -> tuple[int, ...]:
+    """The numbers in CUDA_VISIBLE_DEVICES or its like; none where it holds names (MIG)."""
+    return _numbers(_last(fields, "gpu_numbers"))
+
+
+def _numbers(text: str) -> tuple[int, ...]:
+    parts = text.split(",")
+    if len(parts) > NAME_LIMIT or not all(part.isascii() and part.isdigit() and len(part) < 6 for part in parts):
+        return ()
+    return tuple(int(part) for part in parts)
 
 
 def _path(fields: Fields, key: str) -> str:
@@ -249,10 +285,23 @@ def _environment(fields: Fields) -> tuple[str, ...]:
     return tuple(names)
 
 
-def _interface_variables(fields: Fields) -> dict[str, str]:
-    """`env.NAME` fields. Overlong values cannot name an interface and are left out."""
-    return {
-        key.removeprefix("env."): values[-1]
-        for key, values in fields.items()
-        if key.startswith("env.") and values and len(values[-1]) <= VALUE_LIMIT
-    }
+def _devices(fields: Fields) -> tuple[tuple[str, str], ...]:
+    """--container-device: (kind, name) of each."""
+    found: dict[tuple[str, str], None] = {}
+    for text in fields.get("option.device") or ():
+        for part in text.split(","):
+            kind, _, name = part.partition("=")
+            if not cdi.is_kind(kind) or not cdi.is_name(name):
+                raise errors.bad_option(
+                    "device", text[:64], "invalid format: expected VENDOR/CLASS=NAME, or VENDOR/CLASS=all"
+                )
+            found[kind, name] = None
+    if len(found) > NAME_LIMIT:
+        raise errors.bad_option("device", "…", f"more than {NAME_LIMIT} devices")
+    return tuple(found)
+
+
+def _variables(fields: Fields, names: Sequence[str]) -> dict[str, str]:
+    """`env.NAME` fields. Overlong values name nothing and are left out."""
+    found = {name: fields.get(f"env.{name}") for name in names}
+    return {name: values[-1] for name, values in found.items() if values and len(values[-1]) <= VALUE_LIMIT}

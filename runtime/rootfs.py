@@ -135,6 +135,22 @@ def replace_file(root_fd: int, path: str, content: bytes, mode: int = 0o644) -> 
     return True
 
 
+def make_link(root_fd: int, path: str, destination: str) -> None:
+    """Make a symbolic link; another one by that name is replaced, a file or directory stays."""
+    with _parent(root_fd, path) as (parent_fd, name):
+        try:
+            if os.readlink(name, dir_fd=parent_fd) == destination:
+                return
+            os.unlink(name, dir_fd=parent_fd)
+        except FileNotFoundError:
+            pass
+        except OSError as error:
+            if error.errno == errno.EINVAL:  # Not a link.
+                return
+            raise
+        os.symlink(destination, name, dir_fd=parent_fd)
+
+
 def shadow_parents(lower_fd: int, upper_fd: int, target: str) -> None:
     """Give the user directories of his own in the overlay's upper layer, above a target to be made or replaced.
 

@@ -257,13 +257,33 @@ class Network:
 
 @dataclass(frozen=True, slots=True)
 class Devices:
-    """Device nodes in /dev of containers."""
+    """Devices of containers: GPUs that Slurm grants, others by name, nodes of /dev."""
 
     nodes: tuple[str, ...] = setting(
         (),
         Several(Text(r"/dev(?!.*/\.\.?(?:/|$))/[^\s:,]+", "a path below /dev")),
         "Device nodes that every container gets beside the usual ones, for example /dev/fuse or "
         "/dev/infiniband/uverbs0. Their owner and mode on the node still decide who may open them.",
+    )
+    cdi: tuple[str, ...] = setting(
+        ("/etc/cdi", "/var/run/cdi"),
+        Several(Text(r"/[^:,\n]*", "an absolute path")),
+        "Directories with CDI files (Container Device Interface, .json or .yaml), which say what belongs to "
+        "a device: nodes, libraries, variables. A file in a later directory counts more. The files and "
+        "directories have to be root's alone.",
+    )
+    allow: tuple[str, ...] = setting(
+        (),
+        Several(Text(r"[A-Za-z0-9._*?-]+/[A-Za-z0-9._*?-]+=[A-Za-z0-9._:*?-]+", "VENDOR/CLASS=NAME, with * and ?")),
+        "Devices of CDI files that users may name with --container-device, as patterns: "
+        '"acme.com/fpga=*". GPUs that Slurm granted to the step need none, and no pattern opens a GPU that '
+        "Slurm manages and did not grant.",
+    )
+    gpus: tuple[str, ...] = setting(
+        (),
+        Several(Text(r"/dev/[^\s:]+", "a path below /dev, or several as /dev/nvidia[0-3]")),
+        "Device files of Slurm's GPUs on this node, in the order of gres.conf. Empty: the agent asks "
+        "'slurmd -G'.",
     )
 
 
@@ -442,6 +462,16 @@ OPTIONS: tuple[Option, ...] = (
         checks=early.ENV,
     ),
     option(
+        "device",
+        "VENDOR/CLASS=NAME|all[,...]",
+        "devices of the node's CDI files besides the GPUs that Slurm granted, where the site allows it",
+        "all stands for each device of that kind that the step may have. GPUs of --gres and --gpus are in the "
+        "container without this option; NVIDIA_VISIBLE_DEVICES and AMD_VISIBLE_DEVICES, of the job or of "
+        "the image, can take some of them away.",
+        pyxis=False,
+        checks=early.DEVICE,
+    ),
+    option(
         "unshare",
         "net|ipc|uts[,...]",
         "namespaces of the container's own: net leaves it only the loopback interface, ipc and uts every "
@@ -476,6 +506,9 @@ INTERFACE_VARIABLES: tuple[str, ...] = (
     "FI_UDP_IFACE",
     "FI_VERBS_IFACE",
 )
+
+# Variables with which a user narrows the GPUs of a vendor (devices/choice.py).
+VISIBLE_VARIABLES: tuple[str, ...] = ("NVIDIA_VISIBLE_DEVICES", "AMD_VISIBLE_DEVICES")
 
 
 if __name__ == "__main__":

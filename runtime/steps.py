@@ -18,6 +18,7 @@ from typing import Any
 
 from enclos.runtime import errors
 from enclos.runtime.connection import wait_readable
+from enclos.runtime.devices.node import NodeDevices
 from enclos.runtime.images.store import MountedImages
 from enclos.runtime.jobs import Jobs
 from enclos.runtime.journal import Journal
@@ -42,6 +43,7 @@ class Surroundings:
     spawner: Spawner
     images: MountedImages
     jobs: Jobs
+    devices: NodeDevices
 
 
 @dataclass(slots=True)

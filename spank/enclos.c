@@ -94,12 +94,13 @@ static int send_request(const struct wire_out *request, int timeout_s)
 	return error;
 }
 
-static void send_prepare(void)
+static void send_prepare(spank_t spank)
 {
 	struct wire_out request;
 
 	wire_begin(&request, "prepare");
 	wire_append(&request, &step.facts);
+	gpus_add_facts(spank, &request);
 	wire_add(&request, "cwd", step.cwd[0] != '\0' ? step.cwd : NULL);
 	step.prepare_fd = send_request(&request, PREPARE_TIMEOUT_S);
 	/* No error for the user: the JOIN tries again, with the same request. */
@@ -139,7 +140,7 @@ int slurm_spank_init_post_opt(spank_t spank, int count, char *words[])
 	/* The real one is known in user_init; until then the user's shell has the best guess. */
 	if (spank_getenv(spank, "PWD", step.cwd, sizeof(step.cwd)) != ESPANK_SUCCESS)
 		step.cwd[0] = '\0';
-	send_prepare();
+	send_prepare(spank);
 	return 0;
 }
 
@@ -167,6 +168,8 @@ static void join(spank_t spank)
 	wire_append(&request, &step.facts);
 	wire_add(&request, "cwd", step.cwd[0] != '\0' ? step.cwd : NULL);
 	wire_add_number(&request, "task", (unsigned long long)(task < 0 ? 0 : task));
+	/* By now slurmstepd has written them for sure, in any release; the agent begins anew if they differ. */
+	gpus_add_facts(spank, &request);
 	step.answered = join_wait(&step.join, fd, &request, task == 0) && join_network(&step.join);
 	wire_free(&request);
 	/* Before the uid changes: no user may get hold of a connection that root opened. */
@@ -208,6 +211,7 @@ int slurm_spank_task_init(spank_t spank, int count, char *words[])
 		report_exit(status);
 	}
 	join_environment(&step.join, spank);
+	gpus_renumber(spank, step.join.reply);
 	if (!join_container(&step.join))
 		report_exit(1);
 	/*

@@ -35,7 +35,7 @@ bool options_image_given(void);
 const char *options_image_text(void);
 void options_use_image(const char *image);
 void options_add_fields(struct wire_out *out);
-const char *const *options_interface_variables(void);
+const char *const *options_sent_variables(void);
 
 /* step.c: facts of a step from slurmstepd, and of a job from the prolog's environment */
 bool step_wants_container(spank_t spank);
@@ -43,6 +43,10 @@ bool step_is_extern(spank_t spank);
 void step_add_facts(spank_t spank, struct wire_out *out);
 bool job_add_facts(struct wire_out *out);
 int step_task(spank_t spank);
+
+/* gpus.c: the step's GPUs, as slurmstepd has them in its environment, and their numbers inside */
+void gpus_add_facts(spank_t spank, struct wire_out *out);
+void gpus_renumber(spank_t spank, const struct wire_in *reply);
 
 /* report.c: the one error of a step on this node, kept until the task can show it */
 void report_prepare(void);

@@ -25,9 +25,9 @@ static unsigned int chosen_at[ENCLOS_OPTION_COUNT];
 static unsigned int chosen_count;
 static bool overridden[ENCLOS_OPTION_COUNT];
 
-const char *const *options_interface_variables(void)
+const char *const *options_sent_variables(void)
 {
-	return enclos_interface_variables;
+	return enclos_sent_variables;
 }
 
 static const struct enclos_option_row *row_at(int index)

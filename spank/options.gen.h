@@ -38,6 +38,12 @@ static const struct enclos_check enclos_checks_env[] = {
 	{ NULL, NULL, 0 },
 };
 
+static const struct enclos_check enclos_checks_device[] = {
+	{ "^(.+)$", "argument required", 0 },
+	{ "^([A-Za-z][A-Za-z0-9._-]*/[A-Za-z][A-Za-z0-9._-]*=[A-Za-z0-9][A-Za-z0-9._:-]*)$", "invalid format: expected VENDOR/CLASS=NAME, or VENDOR/CLASS=all", 1 },
+	{ NULL, NULL, 0 },
+};
+
 static const struct enclos_check enclos_checks_unshare[] = {
 	{ "^(.+)$", "argument required", 0 },
 	{ "^((net|ipc|uts|pid))$", "unknown namespace (net, ipc or uts)", 1 },
@@ -63,7 +69,7 @@ struct enclos_option_row {
 	const struct enclos_check *checks; /* ends with a pattern of NULL */
 };
 
-#define ENCLOS_OPTION_COUNT 17
+#define ENCLOS_OPTION_COUNT 18
 
 static const struct enclos_option_row enclos_option_rows[] = {
 	{
@@ -157,6 +163,12 @@ static const struct enclos_option_row enclos_option_rows[] = {
 		enclos_checks_env,
 	},
 	{
+		"container-device", "VENDOR/CLASS=NAME|all[,...]",
+		"[enclos] devices of the node's CDI files besides the GPUs that Slurm granted, where the site allows it",
+		1, "ENCLOS_CONTAINER_DEVICE", NULL, "device", NULL,
+		enclos_checks_device,
+	},
+	{
 		"container-unshare", "net|ipc|uts[,...]",
 		"[enclos] namespaces of the container's own: net leaves it only the loopback interface, ipc and uts every container has",
 		1, "ENCLOS_CONTAINER_UNSHARE", "PYXIS_CONTAINER_UNSHARE", "unshare", NULL,
@@ -170,8 +182,8 @@ static const struct enclos_option_row enclos_option_rows[] = {
 	},
 };
 
-/* Variables that name an interface; ends with NULL. */
-static const char *const enclos_interface_variables[] = {
+/* Variables of the job that the agent has to know; ends with NULL. */
+static const char *const enclos_sent_variables[] = {
 	"NCCL_SOCKET_IFNAME",
 	"GLOO_SOCKET_IFNAME",
 	"TP_SOCKET_IFNAME",
@@ -184,6 +196,8 @@ static const char *const enclos_interface_variables[] = {
 	"FI_SOCKETS_IFACE",
 	"FI_UDP_IFACE",
 	"FI_VERBS_IFACE",
+	"NVIDIA_VISIBLE_DEVICES",
+	"AMD_VISIBLE_DEVICES",
 	NULL,
 };
 

@@ -128,9 +128,9 @@ static void add_variable(spank_t spank, struct wire_out *out, const char *key, c
 		wire_add(out, key, value);
 }
 
-static void add_interface_variables(spank_t spank, struct wire_out *out)
+static void add_sent_variables(spank_t spank, struct wire_out *out)
 {
-	const char *const *names = options_interface_variables();
+	const char *const *names = options_sent_variables();
 
 	for (; *names != NULL; names++) {
 		char key[128];
@@ -159,7 +159,7 @@ void step_add_facts(spank_t spank, struct wire_out *out)
 		add_slurm_path(out, "tmpfs", slurm_conf.tmp_fs);
 	}
 	add_variable(spank, out, "home", "HOME");
-	add_interface_variables(spank, out);
+	add_sent_variables(spank, out);
 	options_add_fields(out);
 }
 

@@ -6,14 +6,12 @@ Runs as whoever types the command.
 from __future__ import annotations
 
 import os
-import re
 import shutil
 import socket
 from collections.abc import Iterator
-from pathlib import Path
 
 from enclos.runtime import config
-from enclos.runtime.cli import client
+from enclos.runtime.cli import check_devices, client
 from enclos.runtime.cli.finding import Finding, mend, note, ok, skipped
 from enclos.runtime.errors import EnclosError
 from enclos.runtime.images import server
@@ -41,7 +39,7 @@ def findings() -> Iterator[Finding]:
                 "enabled", "false: all steps that ask for a container are refused", "it is the kill switch"
             )
         yield from underlay_findings(settings)
-        yield from device_findings(settings)
+        yield from check_devices.findings(settings, node_name())
         yield from image_findings(settings)
     yield agent_finding()
 
@@ -88,19 +86,3 @@ def image_findings(settings: Config) -> Iterator[Finding]:
     except EnclosError as error:
         hint = "install squashfuse, or set images.user_files: refuse"
         yield mend("squashfuse", error.what, hint) if wanted else ok("squashfuse", "not installed, not needed")
-
-
-def device_findings(settings: Config) -> Iterator[Finding]:
-    """devices.nodes exist here."""
-    missing = [path for path in settings.devices.nodes if not Path(path).exists()]
-    if missing:
-        yield mend(
-            "devices.nodes",
-            f"missing: {', '.join(missing)}",
-            "load the driver, or remove it from enclos.yaml",
-        )
-    bad = [path for path in settings.devices.nodes if re.match(r"/dev/(mem|kmem|port|sd|nvme|vd|loop)", path)]
-    if bad:
-        yield note(
-            "devices.nodes", f"{', '.join(bad)} in every container", "owner and mode of the node still apply"
-        )

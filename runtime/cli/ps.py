@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import pwd
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -15,7 +15,7 @@ from enclos.runtime.cli import client, common
 from enclos.runtime.request import BATCH_STEP, INTERACTIVE_STEP
 
 _STEP_NAMES = {BATCH_STEP: "batch", INTERACTIVE_STEP: "interactive"}
-HEAD = ("STEP", "USER", "STATE", "NETWORK", "ADDRESS", "TASKS", "TIME", "IMAGE")
+HEAD = ("STEP", "USER", "STATE", "NETWORK", "ADDRESS", "TASKS", "TIME", "DEVICES", "IMAGE")
 
 
 def run(arguments: list[str]) -> int:
@@ -49,6 +49,7 @@ def line(container: Mapping[str, Any], now: float) -> tuple[str, ...]:
         cell("ipv4") if container.get("ipv4") else cell("ipv6"),
         cell("tasks"),
         duration(now - float(started)) if started else "-",
+        device_list(container.get("devices") or []),
         cell("image"),
     )
 
@@ -56,6 +57,15 @@ def line(container: Mapping[str, Any], now: float) -> tuple[str, ...]:
 def step_name(job: int, step: int) -> str:
     """A step as Slurm writes it."""
     return f"{job}.{_STEP_NAMES.get(step, step)}"
+
+
+def device_list(names: Sequence[str]) -> str:
+    """Devices by their kind, `acme.com/fpga=a nvidia.com/gpu=0,1`, or -."""
+    kinds: dict[str, list[str]] = {}
+    for name in names:
+        kind, _, device = str(name).partition("=")
+        kinds.setdefault(kind, []).append(device)
+    return " ".join(f"{kind}={','.join(devices)}" for kind, devices in kinds.items()) or "-"
 
 
 @lru_cache

@@ -1,18 +1,21 @@
 """`enclos render`: print the operations that would make a container, in their order, without doing them.
 
-Takes the options as srun does. Runs as whoever types the command; nothing is opened, so it also works away from the
-compute nodes.
+Takes the options as srun does. Runs as whoever types the command; nothing is opened but the CDI files of this machine
+when devices are asked for, so it also works away from the compute nodes.
 """
 
 from __future__ import annotations
 
+import asyncio
 import os
 from collections.abc import Sequence
 
 from enclos.runtime import config, plan, policy, request, slurmclient
 from enclos.runtime.cli import common
+from enclos.runtime.cli.check_node import node_name
+from enclos.runtime.devices.node import NodeDevices
 from enclos.runtime.idmap import container_maps
-from enclos.runtime.settings import OPTIONS
+from enclos.runtime.settings import OPTIONS, VISIBLE_VARIABLES
 
 EXAMPLE_JOB = 1
 STAGE = "/run/enclos/stage"
@@ -29,9 +32,11 @@ def run(arguments: list[str]) -> int:
             parser.add_argument(f"--{option.name}", metavar=option.arginfo, action="append", dest=option.key)
         else:
             parser.add_argument(f"--{option.name}", action="append_const", const=option.fixed, dest=option.key)
+    parser.add_argument("--gpus", metavar="N[,N...]", default="", help="as if Slurm had granted these GPUs")
     common.add_json(parser)
     given = parser.parse_args(arguments)
     fields = {f"option.{option.key}": getattr(given, option.key) or [] for option in OPTIONS}
+    fields["gpus"] = [given.gpus]
     lines = render({key: values for key, values in fields.items() if values})
     if given.json:
         common.print_json(lines)
@@ -46,8 +51,9 @@ def render(options: dict[str, list[str]]) -> list[str]:
     loaded = config.load()
     decision = policy.decide(wanted, loaded.config)
     maps = container_maps(wanted.uid, wanted.gid, wanted.groups, decision.remap_root)
-    node = plan.NodeFacts(STAGE, slurm=slurmclient.find() if decision.slurm else None)
-    early = plan.make(wanted, decision, loaded.config, maps, node)
+    slurm = slurmclient.find() if decision.slurm else None
+    devices = asyncio.run(NodeDevices(node_name(), loaded.config.devices).select(wanted))
+    early = plan.make(wanted, decision, loaded.config, maps, plan.NodeFacts(STAGE, slurm=slurm, devices=devices))
     late = plan.late(wanted, decision, plan.slurm_directories(wanted))
     return [*early.describe(), "(the first task is here)", *late.describe()]
 
@@ -59,4 +65,5 @@ def _facts() -> dict[str, Sequence[str]]:
     facts["groups"] = [",".join(str(group_id) for group_id in os.getgroups())]
     facts |= {"spool": ["/var/spool/slurmd"], "tmpfs": ["/tmp"], "cwd": [os.getcwd()]}
     facts["home"] = [os.environ.get("HOME", "")]
+    facts |= {f"env.{name}": [os.environ[name]] for name in VISIBLE_VARIABLES if name in os.environ}
     return dict(facts)

@@ -79,6 +79,7 @@ class Cluster:
         config: str = "",
         release: str = "",
         cgroup_conf_extra: str = "",
+        gpu_files: str = "",
     ) -> Cluster:
         """Bring a cluster up, or mend one of that name that is up.
 
@@ -92,6 +93,7 @@ class Cluster:
             release: of Slurm, as `24.11`; "" for the machine's own. The first cluster of another one makes its root,
                 which takes a minute.
             cgroup_conf_extra: rows for cgroup.conf, which constrains nothing otherwise.
+            gpu_files: device files that Slurm takes for GPUs, as `/dev/x[0-3]`.
 
         Raises:
             ClusterError: not root, a tool is missing, or something did not start.
@@ -118,6 +120,7 @@ class Cluster:
                 record.slurm or releases.own_slurm(),
                 cgroups.available(),
                 cgroup_conf_extra,
+                gpu_files,
             )
             try:
                 return cls._make(layout, record, settings, config, root)
@@ -453,6 +456,7 @@ def _write_files(layout: Layout, record: Record, settings: slurm.SlurmSettings, 
     texts = {
         layout.slurm / "slurm.conf": slurm.slurm_conf(layout, settings),
         layout.slurm / "cgroup.conf": slurm.cgroup_conf(settings),
+        layout.slurm / "gres.conf": slurm.gres_conf(settings),
         layout.slurm / "plugstack.conf": slurm.plugstack_conf(str(shim) if shim else None, record.plugstack),
         layout.slurm / "job_submit.lua": slurm.job_submit_lua(users.USERS),
         layout.state / "passwd": users.passwd((system / "etc/passwd").read_text()),

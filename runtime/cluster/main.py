@@ -39,6 +39,7 @@ def parser() -> argparse.ArgumentParser:
     up.add_argument("--plugstack", choices=("optional", "required"), default="required", help="word in plugstack.conf")
     up.add_argument("--slurm", default="", metavar="RELEASE", help=f"{', '.join(SUITES)} (default: own)")
     up.add_argument("--config", type=Path, metavar="ENCLOS_YAML", help="enclos.yaml of all nodes (default: empty)")
+    up.add_argument("--gpu-files", default="", metavar="FILES", help="device files to be GPUs for Slurm: /dev/x[0-3]")
     verbs.add_parser("down", parents=[common], help="take it down and remove all it made; harmless when it is down")
     verbs.add_parser("status", parents=[common], help="what runs")
     run = verbs.add_parser("run", parents=[where], help="run a command on the cluster")
@@ -75,6 +76,7 @@ def up(options: argparse.Namespace) -> int:
         slurm_conf_extra=_read(options.slurm_conf_extra),
         plugstack=options.plugstack,
         config=_read(options.config),
+        gpu_files=options.gpu_files,
         release=options.slurm,
     )
     print(f"cluster {cluster.name} is up: {', '.join(cluster.nodes)}, Slurm {cluster.release}")

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+from enclos.runtime import hostlist
 from enclos.runtime.cluster.layout import SUBMIT, Layout, node_names
 from enclos.runtime.cluster.users import User
 
@@ -44,6 +45,7 @@ class SlurmSettings:
     slurm: str = ""
     cgroups: bool = False
     cgroup_extra: str = ""
+    gpu_files: str = ""
 
 
 def slurm_conf(layout: Layout, settings: SlurmSettings) -> str:
@@ -104,10 +106,18 @@ def _parameters(text: str) -> list[str]:
 def _nodes(settings: SlurmSettings, names: set[str]) -> list[str]:
     """The nodes and the one partition, unless the extra file defines its own."""
     node = f"NodeName=n[1-{settings.nodes}] CPUs={settings.cpus} Sockets=1 CoresPerSocket={settings.cpus}"
-    rows = [] if "nodename" in names else [f"{node} ThreadsPerCore=1 RealMemory=4096 State=UNKNOWN"]
+    gres = f" Gres=gpu:{len(hostlist.expand(settings.gpu_files))}" if settings.gpu_files else ""
+    rows = ["GresTypes=gpu"] if gres else []
+    if "nodename" not in names:
+        rows.append(f"{node} ThreadsPerCore=1 RealMemory=4096{gres} State=UNKNOWN")
     if "partitionname" not in names:
         rows.append("PartitionName=main Nodes=ALL Default=YES MaxTime=INFINITE State=UP")
     return rows
+
+
+def gres_conf(settings: SlurmSettings) -> str:
+    """gres.conf: device files that count as GPUs, the same on each node."""
+    return f"Name=gpu File={settings.gpu_files}\n" if settings.gpu_files else ""
 
 
 def cgroup_conf(settings: SlurmSettings) -> str:

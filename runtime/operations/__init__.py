@@ -22,6 +22,12 @@ from enclos.runtime.operations.assembly import (
 from enclos.runtime.operations.common import (
     Operation,
 )
+from enclos.runtime.operations.devices import (
+    AttachDevices,
+    CloneDevices,
+    JoinLibraries,
+    SelectDevices,
+)
 from enclos.runtime.operations.image import CloneImageMounts, PlaceImageMounts, ReadImageFacts
 from enclos.runtime.operations.namespaces import (
     AwaitServer,
@@ -45,9 +51,11 @@ from enclos.runtime.operations.usermounts import clone, place
 __all__ = [
     "APT_SETTING",
     "Attach",
+    "AttachDevices",
     "AwaitServer",
     "BecomeUser",
     "CheckWorkdir",
+    "CloneDevices",
     "CloneDirectoryImage",
     "CloneHostPath",
     "CloneImageMounts",
@@ -55,6 +63,7 @@ __all__ = [
     "EnterNamespaces",
     "EnterRoot",
     "EnterUserNamespace",
+    "JoinLibraries",
     "JoinNetwork",
     "LookUpAccounts",
     "MakeDirectory",
@@ -64,6 +73,7 @@ __all__ = [
     "PlaceImageMounts",
     "ReadImageFacts",
     "SealRoot",
+    "SelectDevices",
     "SetUpPackageManagers",
     "StageDevices",
     "StageFilesystem",

@@ -70,7 +70,7 @@ class ReadImageFacts:
         found = facts.read(
             config,
             lambda path: rootfs.read_file(root_fd, path),
-            lambda path: _list_names(root_fd, path),
+            lambda path: list_names(root_fd, path),
             dict(self.known),
         )
         builder.results += [("env", f"{name}={value}") for name, value in found.variables]
@@ -93,7 +93,8 @@ class ReadImageFacts:
             builder.results.append(("warning", f"the image's working directory {path} cannot be entered, ignoring"))
 
 
-def _list_names(root_fd: int, path: str) -> Sequence[str]:
+def list_names(root_fd: int, path: str) -> Sequence[str]:
+    """Names in a directory inside, empty where there is none."""
     try:
         fd = rootfs.open_inside(root_fd, path, os.O_RDONLY | os.O_DIRECTORY)
     except OSError:

@@ -177,16 +177,7 @@ class CloneSource:
 
     def _open(self) -> int:
         try:
-            try:
-                # O_DIRECTORY first: with O_PATH alone the last component's automount would not be triggered.
-                fd = open_as_user(self.source, os.O_PATH | os.O_DIRECTORY)
-            except NotADirectoryError:
-                fd = open_as_user(self.source, os.O_PATH)
-            # O_PATH asks for no right to the source itself; what he can't use at all he learns now, not inside.
-            if not any(os.access(f"/proc/self/fd/{fd}", right) for right in (os.R_OK, os.X_OK, os.W_OK)):
-                os.close(fd)
-                raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), self.source)
-            return fd
+            return open_source(self.source)
         except OSError as error:
             raise self._worded(error) from error
 
@@ -200,3 +191,17 @@ class CloneSource:
         if missing:
             return errors.mount_source_missing(self.source, self.target, self.option)
         return error
+
+
+def open_source(path: str) -> int:
+    """A descriptor of what is to be mounted, looked up as the user; O_PATH, for clone_tree."""
+    try:
+        # O_DIRECTORY first: with O_PATH alone the last component's automount would not be triggered.
+        fd = open_as_user(path, os.O_PATH | os.O_DIRECTORY)
+    except NotADirectoryError:
+        fd = open_as_user(path, os.O_PATH)
+    # O_PATH asks for no right to the source itself; what he can't use at all he learns now, not inside.
+    if not any(os.access(f"/proc/self/fd/{fd}", right) for right in (os.R_OK, os.X_OK, os.W_OK)):
+        os.close(fd)
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), path)
+    return fd

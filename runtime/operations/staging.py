@@ -15,6 +15,7 @@ from dataclasses import dataclass
 
 from enclos.runtime import errors, linux, rootfs
 from enclos.runtime.builder import Builder
+from enclos.runtime.devices.cdi import Node
 from enclos.runtime.idmap import image_map
 from enclos.runtime.images import origin, sif, squashfs
 from enclos.runtime.linux import (
@@ -66,7 +67,8 @@ class StageDevices:
     """A /dev that holds just what the step may use: nodes that only root can make, on a tmpfs of root's.
 
     Each node is copied from the host's with its owner and mode, so the kernel's own check of who may open it
-    stays what it is outside.
+    stays what it is outside; what a CDI file says of owner and mode is not heeded. Slurm's device cgroup decides on
+    top, for the tasks are in it as any step's.
     """
 
     name: str
@@ -79,10 +81,13 @@ class StageDevices:
     def execute(self, builder: Builder) -> None:
         options = (("mode", "0755"), ("size", "64k"), ("nr_inodes", "1k"))
         fd = builder.keep(self.name, linux.mount_filesystem("tmpfs", options, self.attributes))
-        for path in self.nodes:
-            self._copy_node(fd, path)
         for directory in ("pts", "shm", "mqueue"):
             os.mkdir(directory, 0o755, dir_fd=fd)
+        for path in self.nodes:
+            self._copy_node(fd, path)
+        for node in builder.devices.nodes:
+            if node.path not in self.nodes:
+                self._copy_device(fd, node)
         links = {"fd": "/proc/self/fd", "stdin": "/proc/self/fd/0", "stdout": "/proc/self/fd/1"}
         links |= {"stderr": "/proc/self/fd/2", "core": "/proc/kcore"}
         for link, destination in links.items():
@@ -94,15 +99,34 @@ class StageDevices:
             node = os.stat(path)
         except FileNotFoundError as error:
             raise errors.device_missing(path) from error
-        if not (stat.S_ISCHR(node.st_mode) or stat.S_ISBLK(node.st_mode)):
+        if not _is_device(node):
             raise errors.not_a_device(path)
-        inside = path.removeprefix("/dev/")
-        parent = os.path.dirname(inside)
-        if parent:
-            os.close(rootfs.make_directories(dev_fd, parent))
-        os.mknod(inside, node.st_mode, node.st_rdev, dir_fd=dev_fd)
-        os.chown(inside, node.st_uid, node.st_gid, dir_fd=dev_fd)
-        os.chmod(inside, stat.S_IMODE(node.st_mode), dir_fd=dev_fd)  # mknod applies the umask
+        _make_node(dev_fd, path, node)
+
+    @staticmethod
+    def _copy_device(dev_fd: int, wanted: Node) -> None:
+        try:
+            node = os.stat(wanted.host_path)
+        except (FileNotFoundError, NotADirectoryError) as error:
+            raise errors.cdi_node_missing(wanted.file, wanted.host_path) from error
+        if not _is_device(node):
+            raise errors.cdi_node_missing(wanted.file, wanted.host_path)
+        _make_node(dev_fd, wanted.path, node)
+
+
+def _make_node(dev_fd: int, path: str, node: os.stat_result) -> None:
+    """A node of the same numbers, owner and mode, below the directory that becomes /dev."""
+    inside = path.removeprefix("/dev/")
+    parent = os.path.dirname(inside)
+    if parent:
+        os.close(rootfs.make_directories(dev_fd, parent))
+    os.mknod(inside, node.st_mode, node.st_rdev, dir_fd=dev_fd)
+    os.chown(inside, node.st_uid, node.st_gid, dir_fd=dev_fd)
+    os.chmod(inside, stat.S_IMODE(node.st_mode), dir_fd=dev_fd)  # mknod applies the umask
+
+
+def _is_device(node: os.stat_result) -> bool:
+    return stat.S_ISCHR(node.st_mode) or stat.S_ISBLK(node.st_mode)
 
 
 @dataclass(frozen=True, slots=True)

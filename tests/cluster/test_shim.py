@@ -300,6 +300,8 @@ def test_prepare_and_join_carry_the_request(cluster: Cluster) -> None:
             "true",
             NCCL_SOCKET_IFNAME="eth0",
             SLURM_JOB_UID="0",
+            NVIDIA_VISIBLE_DEVICES="0",
+            SLURM_STEP_GPUS="0,1",
         )
     prepare = next(request for request in listener.requests if request["verb"] == ["prepare"])
     joins = [request for request in listener.requests if request["verb"] == ["join"]]
@@ -320,6 +322,9 @@ def test_prepare_and_join_carry_the_request(cluster: Cluster) -> None:
         "option.network": ["none"],
         "option.mount-home": ["0"],
         "env.NCCL_SOCKET_IFNAME": ["eth0"],
+        "env.NVIDIA_VISIBLE_DEVICES": ["0"],
+        "conf": ["/etc/slurm/slurm.conf"],
+        "gpus": [""],
     }
     assert {key: prepare[key] for key in wanted} == wanted
     groups = cluster.run("id -G", "usera").stdout.split()
@@ -362,10 +367,12 @@ def test_variables_count_less_than_options(cluster: Cluster) -> None:
 def test_each_option_has_its_variables(cluster: Cluster, prefix: str) -> None:
     """Each row's variable reaches the agent as the option does, and the option itself counts more."""
     values = {"image": "/v", "mounts": "/v:/v", "workdir": "/v", "env": "V", "unshare": "ipc", "network": "none"}
+    values["device"] = "acme.com/v=v"
     rows = [row for row in OPTIONS if (row.env if prefix == "ENCLOS" else row.pyxis_env) and row.key != "readonly"]
     assert {row.key for row in rows if row.arginfo} <= set(values)
     variables = {f"{prefix}_CONTAINER_{row.key.upper().replace('-', '_')}": values.get(row.key, "1") for row in rows}
     own = {"image": "/o", "mounts": "/o:/o", "workdir": "/o", "env": "O", "unshare": "uts", "network": "host"}
+    own["device"] = "acme.com/o=o"
     words = [f"--{row.name}={own[row.key]}" for row in rows if row.arginfo]
     words += [f"--no-{row.name}" for row in rows if any(other.name == f"no-{row.name}" for other in OPTIONS)]
     with listening(cluster) as listener:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 from enclos.runtime import config
-from enclos.runtime.cli import check, check_kernel, check_node, check_slurm, probe
+from enclos.runtime.cli import check, check_devices, check_kernel, check_node, check_slurm, probe
 from enclos.runtime.cli.finding import MEND, NOTE, OK, SKIPPED, Finding
 from enclos.runtime.cli.plugin import built_for, plugstack_lines
 
@@ -294,7 +294,7 @@ def test_node_without_an_agent(tmp_path: Path) -> None:
 
 def test_device_that_is_missing() -> None:
     settings = config.parse(b"devices: {nodes: [/dev/null, /dev/nonexistent]}", "x", {}).config
-    (found,) = check_node.device_findings(settings)
+    (found,) = check_devices.listed_findings(settings)
     assert found.status == MEND
     assert "/dev/nonexistent" in found.text
     assert "null" not in found.text

@@ -55,6 +55,7 @@ CONTAINERS = [
         "state": "running",
         "ipv4": "10.77.0.2",
         "tasks": 2,
+        "devices": ["nvidia.com/gpu=0", "nvidia.com/gpu=1"],
         "started": 1000.0,
         "image": "/i",
     },
@@ -70,8 +71,8 @@ def test_ps_prints_a_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caps
     assert requests == [{"version": ["1"], "verb": ["ps"]}]
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].split() == list(ps.HEAD)
-    assert re.fullmatch(r"7\.0 +root +running +job +10\.77\.0\.2 +2 +[0-9-]+:[0-9:]+ +/i", lines[1])
-    assert re.fullmatch(r"8\.batch +4000000000 +- +host +- +- +- +/new\\nline", lines[2])
+    assert re.fullmatch(r"7\.0 +root +running +job +10\.77\.0\.2 +2 +[0-9-]+:[0-9:]+ +nvidia.com/gpu=0,1 +/i", lines[1])
+    assert re.fullmatch(r"8\.batch +4000000000 +- +host +- +- +- +- +/new\\nline", lines[2])
     assert len(lines) == 3
 
 

@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 from enclos.runtime import builder, config, errors, plan, policy, request, settings
 from enclos.runtime import operations as op
+from enclos.runtime.devices.cdi import Bind, Device, Edits, Node
+from enclos.runtime.devices.choice import Gpu, Selection
 from enclos.runtime.idmap import container_maps
 
 GOLDEN = Path(__file__).parent.parent / "golden/plans"
@@ -34,8 +36,15 @@ CASES: dict[str, dict[str, list[str]]] = {
     "readonly": {"option.readonly": ["1"], "option.network": ["none"]},
     "root": {"option.remap-root": ["1"], "option.mount-home": ["0"]},
     "mounts": {"option.mounts": ["/scratch:/data:ro,tmpfs:/fast:size=1G,./in:/in:nofail"], "option.mount-home": ["1"]},
+    "devices": {"option.mounts": ["/data"], "env.NVIDIA_VISIBLE_DEVICES": ["all"]},
     "batch": {"step": [str(request.BATCH_STEP)], "option.network": ["job"]},
 }
+
+FILE = "/etc/cdi/nvidia.yaml"
+LIBRARY = "/usr/lib64/libcuda.so.77"
+SHARED = Edits(mounts=(Bind(LIBRARY, LIBRARY, True, False, FILE),), library_folders=("/usr/lib64",))
+GPU = Device("nvidia.com/gpu", "0", Edits(nodes=(Node("/dev/nvidia0", "/dev/nvidia0", FILE),)), SHARED, FILE)
+DEVICES = Selection(gpus=(Gpu(0, GPU, ("0",)),))
 
 
 def make(case: str, settings: bytes = b"", cgroup: str = "/sys/fs/cgroup/step_0/user") -> builder.Plan:
@@ -43,7 +52,9 @@ def make(case: str, settings: bytes = b"", cgroup: str = "/sys/fs/cgroup/step_0/
     loaded = config.parse(settings, "enclos.yaml", {})
     decision = policy.decide(wanted, loaded.config)
     maps = container_maps(wanted.uid, wanted.gid, wanted.groups, decision.remap_root)
-    early = plan.make(wanted, decision, loaded.config, maps, plan.NodeFacts("/run/enclos/stage", cgroup))
+    devices = DEVICES if case == "devices" else Selection()
+    node = plan.NodeFacts("/run/enclos/stage", cgroup, devices=devices)
+    early = plan.make(wanted, decision, loaded.config, maps, node)
     late = plan.late(wanted, decision, plan.slurm_directories(wanted))
     return builder.Plan(wanted.uid, wanted.gid, wanted.groups, (*early.operations, *late.operations))
 
@@ -72,7 +83,8 @@ def test_users_paths_are_cloned_only_where_what_lies_below_is_locked(case: str) 
 def test_nothing_is_staged_as_root_after_the_user_is_taken(case: str) -> None:
     found = names(case)
     later = found[found.index("BecomeUser") :]
-    assert not {"OpenImage", "StageFilesystem", "StageDevices", "CloneHostPath", "LookUpAccounts"} & set(later)
+    staged = {"OpenImage", "StageFilesystem", "StageDevices", "SelectDevices", "CloneHostPath", "LookUpAccounts"}
+    assert not staged & set(later)
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -83,6 +95,15 @@ def test_every_descriptor_that_is_attached_was_made(case: str) -> None:
     for operation in make(case).operations:
         if isinstance(operation, op.Attach):
             assert operation.name in made
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_what_cdi_files_mount_is_cloned_as_the_user_too(case: str) -> None:
+    found = names(case)
+    assert ("CloneDevices" in found) is (case == "devices")
+    if case == "devices":
+        assert found.index("EnterNamespaces") < found.index("CloneDevices") < found.index("EnterRoot")
+        assert found.index("SelectDevices") < found.index("StageDevices")
 
 
 @pytest.mark.parametrize("case", CASES)

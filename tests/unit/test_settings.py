@@ -86,8 +86,8 @@ def test_options_are_all_there() -> None:
     names = {o.name.replace("container-", "") for o in OPTIONS}
     assert names == {
         "image", "mounts", "workdir", "writable", "readonly", "remap-root", "no-remap-root", "mount-home",
-        "no-mount-home", "entrypoint", "no-entrypoint", "entrypoint-log", "slurm", "no-slurm", "env", "unshare",
-        "network",
+        "no-mount-home", "entrypoint", "no-entrypoint", "entrypoint-log", "slurm", "no-slurm", "env", "device",
+        "unshare", "network",
     }  # fmt: skip
 
 
@@ -115,7 +115,7 @@ def test_the_header_compiles_and_has_the_rows(tmp_path: Path) -> None:
         "int main(void)\n{\n\tfor (size_t i = 0; i < ENCLOS_OPTION_COUNT; i++)\n"
         '\t\tprintf("%s|%s|%d\\n", enclos_option_rows[i].name, enclos_option_rows[i].usage,\n'
         "\t\t       enclos_option_rows[i].has_arg);\n"
-        "\treturn enclos_interface_variables[0] == NULL;\n}\n"
+        "\treturn enclos_sent_variables[0] == NULL;\n}\n"
     )
     program = tmp_path / "t"
     flags = ["-Wall", "-Wextra", "-Werror", f"-I{ROOT / 'spank'}"]
