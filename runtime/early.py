@@ -50,6 +50,7 @@ _FLAG = one_of(
 GIVEN = Check(".+", "argument required")
 IMAGE = (GIVEN,)
 WORKDIR = (GIVEN,)
+PROFILE = (GIVEN,)
 NETWORK = (GIVEN, Check(one_of("job", "host", "none"), "no such network (job, host or none)"))
 ENV = (GIVEN, Check("[A-Za-z_][A-Za-z0-9_.-]*", "invalid format: not a list of names of variables", each=True))
 DEVICE = (

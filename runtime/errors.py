@@ -605,6 +605,17 @@ def unshare_against_network(network: str) -> EnclosError:
     )
 
 
+def profile_not_found(name: str, detail: str) -> EnclosError:
+    """--container-profile and no file of that name."""
+    return UserError(f"--container-profile={name}", "profile not found", detail, "'enclos profile ls' lists profiles")
+
+
+def profile_bad(path: str, detail: str) -> EnclosError:
+    """A profile that cannot be used."""
+    hint = "'enclos profile validate' checks it; see enclos-srun(1)"
+    return UserError(f"profile {path}", "cannot be used", detail, hint)
+
+
 def slurm_commands_missing(detail: str) -> EnclosError:
     """--container-slurm and something of Slurm is not where it is looked for."""
     return AdminError(

@@ -417,6 +417,15 @@ OPTIONS: tuple[Option, ...] = (
         checks=early.MOUNTS,
     ),
     option(
+        "profile",
+        "NAME|FILE",
+        "take options from this TOML or YAML file, where the command line does not say otherwise",
+        "A NAME is looked up in ~/.config/enclos/profiles, ~/.edf and /etc/enclos/profiles, or in the directories of "
+        "ENCLOS_PROFILE_PATH. It is read where srun is typed; see PROFILES.",
+        checks=early.PROFILE,
+        pyxis=False,
+    ),
+    option(
         "workdir",
         "PATH",
         "working directory inside the container",

@@ -114,7 +114,10 @@ static bool step_begun(spank_t spank, pid_t stepd)
 {
 	if (step.wanted)
 		return true;
-	if (step_is_extern(spank) || !step_wants_container(spank))
+	if (step_is_extern(spank))
+		return false;
+	profile_apply(spank);
+	if (!step_wants_container(spank))
 		return false;
 	step.wanted = true;
 	options_settle(spank);

@@ -33,9 +33,18 @@ int options_check_local(void);
 void options_settle(spank_t spank);
 bool options_image_given(void);
 const char *options_image_text(void);
+void options_replace(const char *name, const char *value, const char *own);
 void options_use_image(const char *image);
 void options_add_fields(struct wire_out *out);
 const char *const *options_sent_variables(void);
+
+/* profile.c: --container-profile */
+bool profile_expand(const char *name);
+bool profile_inherited(void);
+bool profile_gives(const char *option);
+void profile_note_own(const char *names);
+void profile_apply(spank_t spank);
+void profile_add_fields(spank_t spank, struct wire_out *out);
 
 /* step.c: facts of a step from slurmstepd, and of a job from the prolog's environment */
 bool step_wants_container(spank_t spank);

@@ -24,6 +24,7 @@ static const char *chosen[ENCLOS_OPTION_COUNT]; /* value of each row, owned; NUL
 static unsigned int chosen_at[ENCLOS_OPTION_COUNT];
 static unsigned int chosen_count;
 static bool overridden[ENCLOS_OPTION_COUNT];
+static unsigned int times[ENCLOS_OPTION_COUNT]; /* that Slurm named it: from the environment, on the command line */
 
 const char *const *options_sent_variables(void)
 {
@@ -139,6 +140,7 @@ static int choose_local(int index, const char *value)
 		return -1;
 	}
 	choose(index, value);
+	times[index]++;
 	return 0;
 }
 
@@ -351,7 +353,8 @@ static int check_image_given(void)
 {
 	int image = find_key("image");
 
-	if (spank_context() != S_CTX_LOCAL || chosen[image] != NULL || getenv("SLURM_CONTAINER") != NULL)
+	if (spank_context() != S_CTX_LOCAL || chosen[image] != NULL || getenv("SLURM_CONTAINER") != NULL ||
+	    profile_gives(row_at(image)->name))
 		return 0;
 	for (int i = 0; i < ENCLOS_OPTION_COUNT; i++) {
 		if (chosen[i] == NULL || from_environment(i))
@@ -363,14 +366,38 @@ static int check_image_given(void)
 	return 0;
 }
 
+static bool on_command_line(int index)
+{
+	return times[index] > (from_environment(index) ? 1U : 0U);
+}
+
+/* A profile that was inherited has been read already, and what it says is in the environment. */
+static int expand_profile(void)
+{
+	int index = find_key("profile");
+	char own[2048] = "";
+	size_t used = 0;
+
+	if (chosen[index] != NULL && !(from_environment(index) && !on_command_line(index) && profile_inherited()) &&
+	    !profile_expand(chosen[index]))
+		return -1;
+	for (int i = 0; i < ENCLOS_OPTION_COUNT && used < sizeof(own); i++) {
+		if (on_command_line(i))
+			used += (size_t)snprintf(own + used, sizeof(own) - used, "%s ", row_at(i)->name);
+	}
+	profile_note_own(own);
+	return 0;
+}
+
 int options_check_local(void)
 {
-	if (settle_flags() != 0 || check_image_given() != 0)
+	if (settle_flags() != 0 || expand_profile() != 0 || check_image_given() != 0)
 		return -1;
 	/* With het steps Slurm goes through the options once per component. */
 	for (int i = 0; i < ENCLOS_OPTION_COUNT; i++) {
 		free((char *)chosen[i]);
 		chosen[i] = NULL;
+		times[i] = 0;
 	}
 	return 0;
 }
@@ -390,6 +417,34 @@ void options_settle(spank_t spank)
 				overridden[i] = true;
 		}
 	}
+}
+
+static int find_name(const char *name)
+{
+	for (int i = 0; i < ENCLOS_OPTION_COUNT; i++) {
+		if (strcmp(row_at(i)->name, name) == 0)
+			return i;
+	}
+	return -1;
+}
+
+/* A profile's option in place of an inherited one of its group, unless the command line has one of them (`own`). */
+void options_replace(const char *name, const char *value, const char *own)
+{
+	int index = find_name(name);
+
+	for (int i = 0; i < ENCLOS_OPTION_COUNT && index >= 0; i++) {
+		if (same_group(i, index) && listed(own, row_at(i)->name))
+			return;
+	}
+	for (int i = 0; i < ENCLOS_OPTION_COUNT && index >= 0; i++) {
+		if (same_group(i, index)) {
+			free((char *)chosen[i]);
+			chosen[i] = NULL;
+		}
+	}
+	if (index >= 0)
+		choose(index, row_at(index)->has_arg ? value : row_at(index)->fixed);
 }
 
 bool options_image_given(void)

@@ -27,6 +27,11 @@ static const struct enclos_check enclos_checks_mounts[] = {
 	{ NULL, NULL, 0 },
 };
 
+static const struct enclos_check enclos_checks_profile[] = {
+	{ "^(.+)$", "argument required", 0 },
+	{ NULL, NULL, 0 },
+};
+
 static const struct enclos_check enclos_checks_workdir[] = {
 	{ "^(.+)$", "argument required", 0 },
 	{ NULL, NULL, 0 },
@@ -83,6 +88,12 @@ static const struct enclos_option_row enclos_option_rows[] = {
 		"[enclos] show files or directories of the node inside the container; flags are joined by \"+\", e.g. \"ro+noexec\"",
 		1, "ENCLOS_CONTAINER_MOUNTS", "PYXIS_CONTAINER_MOUNTS", "mounts", NULL,
 		enclos_checks_mounts,
+	},
+	{
+		"container-profile", "NAME|FILE",
+		"[enclos] take options from this TOML or YAML file, where the command line does not say otherwise",
+		1, "ENCLOS_CONTAINER_PROFILE", NULL, "profile", NULL,
+		enclos_checks_profile,
 	},
 	{
 		"container-workdir", "PATH",

@@ -161,6 +161,7 @@ void step_add_facts(spank_t spank, struct wire_out *out)
 	add_variable(spank, out, "home", "HOME");
 	add_sent_variables(spank, out);
 	options_add_fields(out);
+	profile_add_fields(spank, out);
 }
 
 static const char *first_variable(const char *one, const char *other)

@@ -368,7 +368,9 @@ def test_each_option_has_its_variables(cluster: Cluster, prefix: str) -> None:
     """Each row's variable reaches the agent as the option does, and the option itself counts more."""
     values = {"image": "/v", "mounts": "/v:/v", "workdir": "/v", "env": "V", "unshare": "ipc", "network": "none"}
     values["device"] = "acme.com/v=v"
-    rows = [row for row in OPTIONS if (row.env if prefix == "ENCLOS" else row.pyxis_env) and row.key != "readonly"]
+    # readonly is the other form of writable; a profile is read by srun (test_option_profile.py).
+    apart = ("readonly", "profile")
+    rows = [row for row in OPTIONS if (row.env if prefix == "ENCLOS" else row.pyxis_env) and row.key not in apart]
     assert {row.key for row in rows if row.arginfo} <= set(values)
     variables = {f"{prefix}_CONTAINER_{row.key.upper().replace('-', '_')}": values.get(row.key, "1") for row in rows}
     own = {"image": "/o", "mounts": "/o:/o", "workdir": "/o", "env": "O", "unshare": "uts", "network": "host"}

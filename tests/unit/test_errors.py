@@ -83,6 +83,8 @@ SAMPLES: dict[str, tuple[object, ...]] = {
     "given_twice": ("image",),
     "unshare_pid": (),
     "unshare_against_network": ("job",),
+    "profile_not_found": ("pytorch", "searched /etc/enclos/profiles"),
+    "profile_bad": ("/etc/enclos/profiles/pytorch.toml", "unknown key 'mount', did you mean 'mounts'?"),
     "slurm_commands_missing": ("no slurm.conf",),
     "slurm_commands_useless": ("--container-network=job",),
     "readonly_and_writable": (),

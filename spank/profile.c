@@ -1,0 +1,156 @@
+/*
+ * --container-profile: a file that holds options, read where the command is typed.
+ *
+ * The shim cannot read TOML or YAML. So srun, sbatch and salloc run `enclos profile options NAME`, as the user, when the
+ * option is given and only then; what it prints travels with the job in one variable. In slurmstepd these options take
+ * the place of inherited ones and of variables, but not of those on the command line of the same command.
+ */
+#define _GNU_SOURCE
+#include "enclos.h"
+
+#include <errno.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/wait.h>
+#include <unistd.h>
+
+#define OUTPUT_LIMIT 65536
+/* Names with SLURM_ pass --export=NONE. One option a line; names of options; names of variables. */
+#define OPTIONS_VARIABLE "SLURM_ENCLOS_PROFILE"
+#define OWN_VARIABLE "SLURM_ENCLOS_OWN"
+#define KEPT_VARIABLE "SLURM_ENCLOS_KEPT"
+
+static bool expanded;
+
+static void be_reader(const char *name, int output_fd)
+{
+	if (dup2(output_fd, STDOUT_FILENO) < 0)
+		_exit(126);
+	execlp("enclos", "enclos", "profile", "options", name, NULL);
+	dprintf(STDERR_FILENO, "enclos: --container-profile=%s: cannot run 'enclos' (%s)\n", name, strerror(errno));
+	_exit(127);
+}
+
+/* What the reader prints, as a string; NULL if it failed, after it has said why. */
+static char *read_profile(const char *name)
+{
+	char *text = calloc(1, OUTPUT_LIMIT + 1);
+	int ends[2], status = 1;
+	size_t used = 0;
+	ssize_t count;
+	pid_t child;
+
+	if (text == NULL || pipe(ends) < 0) {
+		free(text);
+		return NULL;
+	}
+	child = fork();
+	if (child == 0)
+		be_reader(name, ends[1]);
+	close(ends[1]);
+	while (used < OUTPUT_LIMIT && (count = read(ends[0], text + used, OUTPUT_LIMIT - used)) != 0) {
+		if (count < 0 && errno != EINTR)
+			break;
+		used += count > 0 ? (size_t)count : 0;
+	}
+	close(ends[0]);
+	while (child > 0 && waitpid(child, &status, 0) < 0 && errno == EINTR)
+		;
+	if (status == 0 && used < OUTPUT_LIMIT)
+		return text;
+	free(text);
+	return NULL;
+}
+
+/* `set NAME=VALUE`: a variable of the job's, which counts more than the image's. */
+static void set_variable(char *text, char *kept, size_t size)
+{
+	char *equals = strchr(text, '=');
+	size_t used = strlen(kept);
+
+	if (equals == NULL)
+		return;
+	*equals = '\0';
+	setenv(text, equals + 1, 1);
+	snprintf(kept + used, size - used, "%s%s", used > 0 ? "," : "", text);
+}
+
+/* In the commands. Returns false after an error was printed. */
+bool profile_expand(const char *name)
+{
+	char *text, *rest, *line, *options, kept[4096] = "";
+	size_t used = 0;
+
+	text = read_profile(name);
+	if (text == NULL)
+		return false;
+	options = calloc(1, strlen(text) + 1);
+	for (rest = text; options != NULL && (line = strsep(&rest, "\n")) != NULL;) {
+		if (strncmp(line, "set ", 4) == 0)
+			set_variable(line + 4, kept, sizeof(kept));
+		else if (line[0] != '\0')
+			used += (size_t)sprintf(options + used, "%s\n", line);
+	}
+	if (options != NULL)
+		setenv(OPTIONS_VARIABLE, options, 1);
+	if (kept[0] != '\0')
+		setenv(KEPT_VARIABLE, kept, 1);
+	expanded = true;
+	free(options);
+	free(text);
+	return true;
+}
+
+/* In the commands, after all: which options the command line itself has. They count more than any profile. */
+void profile_note_own(const char *names)
+{
+	if (expanded || getenv(OPTIONS_VARIABLE) != NULL)
+		setenv(OWN_VARIABLE, names, 1);
+}
+
+/* Did an allocation, whose environment this is, read a profile? */
+bool profile_inherited(void)
+{
+	return !expanded && getenv(OPTIONS_VARIABLE) != NULL;
+}
+
+bool profile_gives(const char *option)
+{
+	const char *text = getenv(OPTIONS_VARIABLE);
+	size_t length = strlen(option);
+
+	for (; text != NULL && *text != '\0'; text += strcspn(text, "\n"), text += *text == '\n') {
+		if (strncmp(text, option, length) == 0 && text[length] == '=')
+			return true;
+	}
+	return false;
+}
+
+/* In slurmstepd: the profile's options in place of what was inherited. All of this is the user's word. */
+void profile_apply(spank_t spank)
+{
+	static char text[OUTPUT_LIMIT], own[2048];
+	char *rest = text, *line, *equals;
+
+	if (spank_getenv(spank, OPTIONS_VARIABLE, text, sizeof(text)) != ESPANK_SUCCESS)
+		return;
+	if (spank_getenv(spank, OWN_VARIABLE, own, sizeof(own)) != ESPANK_SUCCESS)
+		own[0] = '\0';
+	while ((line = strsep(&rest, "\n")) != NULL) {
+		equals = strchr(line, '=');
+		if (equals == NULL)
+			continue;
+		*equals = '\0';
+		options_replace(line, equals + 1, own);
+	}
+}
+
+/* The variables that a profile sets: they stay as the job has them. */
+void profile_add_fields(spank_t spank, struct wire_out *out)
+{
+	static char kept[4096];
+
+	if (spank_getenv(spank, KEPT_VARIABLE, kept, sizeof(kept)) == ESPANK_SUCCESS)
+		wire_add(out, "option.env", kept);
+}
