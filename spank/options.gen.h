@@ -74,7 +74,7 @@ struct enclos_option_row {
 	const struct enclos_check *checks; /* ends with a pattern of NULL */
 };
 
-#define ENCLOS_OPTION_COUNT 18
+#define ENCLOS_OPTION_COUNT 19
 
 static const struct enclos_option_row enclos_option_rows[] = {
 	{
