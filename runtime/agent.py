@@ -68,13 +68,15 @@ class Agent:
             return
         while (message := await connection.receive()) is not None:
             with message:
-                reply, fds = await self._answer_shim(message)
+                reply, fds = await self._answer_shim(message, connection)
             if reply:
                 # One request a connection (docs/protocol.md): the shim has its answer and closes.
                 connection.send([("version", str(protocol.VERSION)), *reply], fds)
                 return
 
-    async def _answer_shim(self, message: protocol.Message) -> tuple[list[tuple[str, str]], list[int]]:
+    async def _answer_shim(
+        self, message: protocol.Message, connection: Connection
+    ) -> tuple[list[tuple[str, str]], list[int]]:
         """The reply to one request; an error is a reply too."""
         try:
             _check_version(message)
@@ -87,7 +89,7 @@ class Agent:
                     self._prepare(message)
                     return [], []
                 case "join":
-                    return _joined(await self._join(message))
+                    return _joined(await self._join(message, connection))
                 case "ps" | "status" | "gc":
                     return await self._answer_user(message, 0), []
                 case verb:
@@ -125,7 +127,7 @@ class Agent:
         step = self._step(request.parse(message.values))
         step.prepare()
 
-    async def _join(self, message: protocol.Message) -> JoinReply:
+    async def _join(self, message: protocol.Message, connection: Connection) -> JoinReply:
         """Wait for the container. A step whose PREPARE went to an agent before this one is made now."""
         step = self._steps.get((message.number("job"), message.number("step")))
         if step is not None and step.joined and step.record["stepd"] == message.number("stepd"):
@@ -134,6 +136,8 @@ class Agent:
         if step is None or step.record["stepd"] != wanted.stepd:
             # A requeued job has the same ids again.
             step = self._step(wanted)
+        if message.get("task") == "0":
+            step.show_progress(lambda text: _send_progress(connection, text))
         return await step.join(wanted)
 
     def _step(self, wanted: request.StepRequest) -> Step:
@@ -274,6 +278,11 @@ class Agent:
             "config": self._config_path,
             "steps": len(self._steps),
         }
+
+
+def _send_progress(connection: Connection, text: str) -> None:
+    """A line for the terminal; one that does not get through is no loss."""
+    connection.send([("version", str(protocol.VERSION)), ("status", "progress"), ("text", text)])
 
 
 def _check_version(message: protocol.Message) -> None:

@@ -52,6 +52,7 @@ class Builder:
     image_path: str = ""
     image_is_directory: bool = False
     image_mounts: list[Mount] = field(default_factory=list)
+    lowers: int = 0
     rootfs_limit: str = ""
     devices: Edits = field(default_factory=Edits)
     texts: dict[str, bytes] = field(default_factory=dict)

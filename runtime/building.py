@@ -11,6 +11,7 @@ import contextlib
 import logging
 import os
 import time
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from enclos.netns import facts, namespace, relay
@@ -19,6 +20,10 @@ from enclos.runtime.connection import wait_readable
 from enclos.runtime.container import Container, clone_directories
 from enclos.runtime.devices import choice
 from enclos.runtime.idmap import container_maps
+from enclos.runtime.images.imports import want_of
+from enclos.runtime.images.layout import ImageRecord
+from enclos.runtime.images.reference import BadReference, NoRegistry
+from enclos.runtime.images.reference import parse as parse_reference
 from enclos.runtime.jobs import word
 from enclos.runtime.members import identity
 from enclos.runtime.request import StepRequest
@@ -66,11 +71,19 @@ class NodeStep(Step):
         self._entrypoint_fd = -1
         self._relay: Child | None = None
         self._notices: list[str] = []
+        # Where progress of an import is shown: at the first task.
+        self.progress: Callable[[str], None] | None = None
+        self._last_words = ""
+        self._importing: asyncio.Task[ImageRecord] | None = None
+        self._image: ImageRecord | None = None
         self.ready: asyncio.Task[JoinReply] | None = None
         self._early: asyncio.Task[None] | None = None
 
     def prepare(self) -> None:
         """Begin to build; errors wait for the first join."""
+        if self._importing is None and not self.request.image_path():
+            self._importing = asyncio.create_task(self._import())
+            self._importing.add_done_callback(_retrieve)
         self._early = asyncio.create_task(self._build_early())
         self._early.add_done_callback(_retrieve)
 
@@ -90,6 +103,11 @@ class NodeStep(Step):
             self.ready = asyncio.create_task(self._serve_first(wanted))
             self.ready.add_done_callback(_retrieve)
         return await self.answer()
+
+    def show_progress(self, show: Callable[[str], None]) -> None:
+        self.progress = show
+        if self._last_words:
+            show(self._last_words)
 
     @property
     def joined(self) -> bool:
@@ -111,6 +129,47 @@ class NodeStep(Step):
             await asyncio.wait([self._early])
             self._early = None
 
+    # --- the image --------------------------------------------------------------------------------------------
+
+    async def _import(self) -> ImageRecord:
+        """Get an image of a registry into the node's cache; without the deadline of a build."""
+        wanted = self.request
+        config = self._around.config
+        policy.decide(wanted, config)
+        try:
+            reference = parse_reference(wanted.image, config.imports.default_registry)
+        except NoRegistry as error:
+            raise errors.image_not_found(wanted.image) from error
+        except BadReference as error:
+            raise errors.bad_image_reference(wanted.image, str(error)) from error
+        if not reference.is_registry:
+            raise errors.bad_image_reference(wanted.image, "archives and layouts are not imported on nodes yet")
+        digest = reference.digest or wanted.image_digest()
+        ids = (wanted.uid, wanted.gid, wanted.groups)
+        want = want_of(reference, digest, ids, wanted.home, wanted.auth_file, wanted.runtime_directory)
+        record = await self._around.imports.obtain(want, self._tell)
+        self._image = record
+        self.record["digest"] = record.digest
+        self._mark("image")
+        return record
+
+    def _tell(self, text: str) -> None:
+        self._last_words = errors.printable(text[:NOTICE_CHARACTERS])
+        if self.progress is not None:
+            self.progress(self._last_words)
+
+    async def _cached_image(self) -> plan.CachedImage:
+        if self._importing is None:
+            return plan.NO_IMAGE
+        record = await asyncio.shield(self._importing)
+        store = self._around.imports.cache.store
+        return plan.CachedImage(tuple(store.part_path(part.key) for part in record.parts), record.config)
+
+    def _release_image(self) -> None:
+        if self._image is not None:
+            self._around.imports.cache.release(self._image)
+            self._image = None
+
     # --- building ---------------------------------------------------------------------------------------------
 
     async def _build_early(self) -> None:
@@ -129,7 +188,7 @@ class NodeStep(Step):
             slurm = await _slurm_client() if decision.slurm else None
             devices = await self._around.devices.select(self.request)
             node = plan.NodeFacts(self._around.stage, self.record["cgroup"], slurm, devices)
-            early = plan.make(self.request, decision, config, maps, node)
+            early = plan.make(self.request, decision, config, maps, node, await self._cached_image())
             self.container = Container(self._around.spawner, self._around.images)
             self._write_record()
             await self.container.build(early, lambda: self._network_descriptors(network))
@@ -173,6 +232,8 @@ class NodeStep(Step):
         deadline = self._around.config.step.build_deadline_seconds
         for attempt in range(1, ATTEMPTS + 1):
             try:
+                if self._importing is not None:
+                    await asyncio.shield(self._importing)  # Its deadline is another one.
                 async with asyncio.timeout(deadline):
                     if self._early is None:
                         await self._around.spawner.ready()
@@ -320,12 +381,13 @@ class NodeStep(Step):
         return self.container.namespaces.get("user", -1) if self.container is not None else -1
 
     async def release(self) -> None:
-        for task in (self._early, self.ready):
+        for task in (self._early, self.ready, self._importing):
             if task is not None and not task.done():
                 task.cancel()
                 with contextlib.suppress(asyncio.CancelledError, Exception):
                     await task
         self._abandon()
+        self._release_image()
         self._drop_relay()
 
     def _abandon(self) -> None:
@@ -372,6 +434,7 @@ class NodeStep(Step):
         marks = " ".join(f"{name}@{ms:.1f}" for name, ms in sorted([*self._marks, *asked], key=lambda mark: mark[1]))
         operations = " ".join(f"{name}={ms:.2f}" for name, ms in _summed(self.container.timings))
         image = errors.printable(self.request.image)
+        image += f"@{self.record['digest']}" if self.record["digest"] else ""
         log.info("step=%s uid=%d image=%s network=%s tasks=%d attempt=%d %s: %s", self.name, self.request.uid, image,
                  self.network, self.request.tasks, attempt, marks, operations)  # fmt: skip
 
@@ -390,6 +453,7 @@ def _record(request: StepRequest) -> dict[str, Any]:
         "step": request.step,
         "uid": request.uid,
         "image": request.image,
+        "digest": "",
         "network": "",
         "ipv4": "",
         "ipv6": "",

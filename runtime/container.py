@@ -29,7 +29,7 @@ class Container:
         self._spawner = spawner
         self._images = images
         self._child: Child | None = None
-        self._image: MountedImage | None = None
+        self._held: list[MountedImage] = []
         self._server: Child | None = None
         # Pid and start time of the server of a user's image, which name it for an agent after this one.
         self.server: tuple[int, int] | None = None
@@ -126,9 +126,8 @@ class Container:
         for fd in self.namespaces.values():
             os.close(fd)
         self.namespaces.clear()
-        if self._image is not None:
-            self._images.release(self._image)
-            self._image = None
+        while self._held:
+            self._images.release(self._held.pop())
         if self._server is not None:
             self._server.kill()
             self._server.close()
@@ -137,8 +136,9 @@ class Container:
     async def _serve_image(self, plan: Plan, message: Message) -> None:
         """Lend the builder the node's mount of its image, or have it make that mount."""
         assert self._child is not None
-        self._image = await self._images.acquire(message.get("key"), message.get("path"))
-        lent = {"idmap": self._images.idmap(plan.uid, plan.gid), "mounted": self._image.mount_fd}
+        image = await self._images.acquire(message.get("key"), message.get("path"))
+        self._held.append(image)
+        lent = {"idmap": self._images.idmap(plan.uid, plan.gid), "mounted": image.mount_fd}
         lent = {name: fd for name, fd in lent.items() if fd >= 0}
         self._child.send([("state", "given"), *(("name", name) for name in lent)], list(lent.values()))
 
@@ -163,9 +163,10 @@ class Container:
                 self._images.keep_idmap(plan.uid, plan.gid, os.dup(fd))
 
     def _mounted(self) -> MountedImage:
-        if self._image is None:
+        """The image, or the part of one, that the builder has asked for last."""
+        if not self._held:
             raise ProtocolError("the builder has not asked for an image")
-        return self._image
+        return self._held[-1]
 
     def _write_maps(self, message: Message) -> None:
         """Only root may map several groups. `setgroups` first: else a user could drop a group that denies him files.

@@ -23,9 +23,12 @@ from enclos.runtime import adoption, config, errors, linux, protocol
 from enclos.runtime.agent import Agent
 from enclos.runtime.connection import Connection, wait_readable
 from enclos.runtime.devices.node import NodeDevices
+from enclos.runtime.images.cache import Cache
+from enclos.runtime.images.imports import Imports
 from enclos.runtime.images.store import MountedImages
 from enclos.runtime.jobs import Jobs, word
 from enclos.runtime.journal import Journal
+from enclos.runtime.kinds import amount
 from enclos.runtime.settings import Config
 from enclos.runtime.spawner import Spawner
 from enclos.runtime.steps import Surroundings
@@ -95,7 +98,8 @@ async def run(config_path: str, node: str) -> None:
     jobs = Jobs(node, loaded.config, journal, spawner, gate, found)
     images = MountedImages(images_directory, loaded.config.images.idle_seconds)
     devices = NodeDevices(node, loaded.config.devices)
-    around = Surroundings(node, loaded.config, stage, journal, spawner, images, jobs, devices)
+    imports = _open_cache(loaded.config, spawner)
+    around = Surroundings(node, loaded.config, stage, journal, spawner, images, imports, jobs, devices)
     agent = Agent(around, loaded.path)
     adoption.adopt(agent)
     if loaded.config.step.spare_builder:
@@ -142,6 +146,16 @@ def _make_directories() -> tuple[str, str]:
     os.close(tmpfs)
     linux.set_propagation(images, linux.MS_PRIVATE)
     return images, stage
+
+
+def _open_cache(settings: Config, spawner: Spawner) -> Imports:
+    """The node's image cache. Without one, steps with images on the node run all the same."""
+    cache = Cache(settings.imports.cache_directory, amount(settings.imports.cache_size), f"{RUN_DIRECTORY}/verified")
+    try:
+        cache.open()
+    except OSError as error:
+        log.error("no image cache in %s: %s", settings.imports.cache_directory, error.strerror)
+    return Imports(settings, spawner, cache)
 
 
 def _raise_guard(node: str, settings: Config) -> tuple[guard.Guard, underlay.Underlay]:

@@ -28,11 +28,13 @@ class EnclosError(Exception):
         what: what happened.
         cause: a checked cause, or one that starts with "possibly".
         hint: what to do next.
+        transient: another attempt, or another user's, may succeed.
     """
 
-    def __init__(self, subject: str, what: str, cause: str = "", hint: str = "") -> None:
+    def __init__(self, subject: str, what: str, cause: str = "", hint: str = "", *, transient: bool = False) -> None:
         super().__init__(subject, what, cause, hint)
         self.subject, self.what, self.cause, self.hint = subject, what, cause, hint
+        self.transient = transient
 
     def line(self, node: str = "") -> str:
         """One line without the `enclos: ` prefix, which is added where it is printed."""
@@ -46,7 +48,7 @@ class EnclosError(Exception):
     def fields(self) -> list[tuple[str, str]]:
         """The packet that says it to the agent."""
         parts = [("subject", self.subject), ("what", self.what), ("cause", self.cause), ("hint", self.hint)]
-        return [("state", "error"), *parts]
+        return [("state", "error"), *parts, ("transient", str(int(self.transient)))]
 
     def __str__(self) -> str:
         return self.line()
@@ -123,7 +125,7 @@ def image_not_found(reference: str) -> EnclosError:
     return UserError(
         _image(reference),
         "image not found",
-        hint="give the path of a squashfs file or directory: /PATH or ./PATH",
+        hint="give docker://REGISTRY/NAME:TAG, or the path of a squashfs file or directory: /PATH or ./PATH",
     )
 
 
@@ -264,6 +266,7 @@ def registry_unreachable(reference: str, registry: str, cause: str) -> EnclosErr
         f"cannot reach the registry {registry}",
         cause,
         "can this node reach it? 'enclos image pull' on a login node may help",
+        transient=True,
     )
 
 
@@ -283,6 +286,7 @@ def registry_lost(reference: str, registry: str) -> EnclosError:
         _image(reference),
         f"lost the connection to the registry {registry}",
         hint="run it again: layers that are complete are kept",
+        transient=True,
     )
 
 
@@ -303,6 +307,7 @@ def image_unauthorized(reference: str, registry: str) -> EnclosError:
         "not allowed to pull the image",
         f"the registry {registry} refuses",
         f"'skopeo login {registry}' stores your credentials; they have to be in your home on the compute node too",
+        transient=True,
     )
 
 
@@ -380,6 +385,7 @@ def import_timed_out(reference: str, seconds: int) -> EnclosError:
         _image(reference),
         f"the import took longer than {seconds} s",
         hint="run it again: layers that are complete are kept; administrator: imports.deadline_seconds",
+        transient=True,
     )
 
 

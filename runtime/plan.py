@@ -53,18 +53,37 @@ class NodeFacts:
     devices: Selection = field(default_factory=Selection)
 
 
-def make(request: StepRequest, decision: Decision, config: Config, maps: IdMaps, node: NodeFacts) -> Plan:
+@dataclass(frozen=True, slots=True)
+class CachedImage:
+    """An image of the node's cache: its squashfs files, lowest first, and the JSON text of its configuration."""
+
+    parts: tuple[str, ...]
+    config: str
+
+
+NO_IMAGE = CachedImage((), "{}")
+
+
+def make(
+    request: StepRequest,
+    decision: Decision,
+    config: Config,
+    maps: IdMaps,
+    node: NodeFacts,
+    image: CachedImage = NO_IMAGE,
+) -> Plan:
     """The early plan of a step: everything that can be done before its first task is there.
 
     Args:
         decision: what the site's policy made of the request.
         maps: the user namespace's uid and gid maps.
+        image: what was imported for a request that names no path.
     """
-    return Plan(request.uid, request.gid, request.groups, tuple(_early(request, decision, config, maps, node)))
+    return Plan(request.uid, request.gid, request.groups, tuple(_early(request, decision, config, maps, node, image)))
 
 
 def _early(
-    request: StepRequest, decision: Decision, config: Config, maps: IdMaps, node: NodeFacts
+    request: StepRequest, decision: Decision, config: Config, maps: IdMaps, node: NodeFacts, image: CachedImage
 ) -> Iterator[op.Operation]:
     home = home_directory(request, decision)
     origins = {
@@ -78,7 +97,10 @@ def _early(
 
     # As root: what only root may mount, and what has to be read before the image is the root.
     yield op.LookUpAccounts(node.slurm.accounts if node.slurm else ())
-    yield op.OpenImage(request.image_path(), config.images.user_files)
+    if request.image_path():
+        yield op.OpenImage(request.image_path(), config.images.user_files)
+    else:
+        yield op.OpenParts(request.image, image.parts, image.config)
     yield op.StageText("resolv.conf", "/etc/resolv.conf")
     yield op.StageText("hosts", "/etc/hosts")
     if node.devices or node.devices.notices:
@@ -102,8 +124,9 @@ def _early(
     yield op.BecomeUser()
     yield op.EnterUserNamespace(maps.uid_map, maps.gid_map)
     yield op.EnterNamespaces()
-    yield op.CloneDirectoryImage(request.image_path())
-    yield op.AwaitServer(request.image_path())
+    if request.image_path():
+        yield op.CloneDirectoryImage(request.image_path())
+        yield op.AwaitServer(request.image_path())
     if config.mounts.user:
         yield op.CloneImageMounts(known)
     for index, (mount, option) in enumerate(wanted):

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from enclos.runtime import errors, mounts
 from enclos.runtime.devices import cdi
 from enclos.runtime.early import NAMESPACES
+from enclos.runtime.images.reference import is_path
 from enclos.runtime.mounts import Mount
 from enclos.runtime.settings import INTERFACE_VARIABLES, VISIBLE_VARIABLES
 
@@ -72,6 +73,9 @@ class StepRequest:
     gpu_numbers: tuple[int, ...] = ()
     visible: Mapping[str, str] = field(default_factory=dict)
     slurm_conf: str = ""
+    auth_file: str = ""
+    runtime_directory: str = ""
+    pinned: str = ""
 
     @property
     def asks_by_default(self) -> bool:
@@ -79,16 +83,17 @@ class StepRequest:
         return self.step in (BATCH_STEP, INTERACTIVE_STEP)
 
     def image_path(self) -> str:
-        """The image as an absolute path.
-
-        Raises:
-            EnclosError: image_not_found for a name that is no path.
-        """
+        """The image as an absolute path; "" for one that is imported first."""
         if self.image.startswith("/"):
             return self.image
-        if self.image in (".", "..") or self.image.startswith(("./", "../")):
+        if is_path(self.image):
             return f"{self.cwd.rstrip('/')}/{self.image}"
-        raise errors.image_not_found(self.image)
+        return ""
+
+    def image_digest(self) -> str:
+        """The digest that srun found for this very image, so that all nodes have the same; "" if it found none."""
+        image, _, digest = self.pinned.rpartition("=")
+        return digest if image == self.image and re.fullmatch("sha256:[0-9a-f]{64}", digest) else ""
 
 
 def parse(fields: Fields) -> StepRequest:
@@ -131,6 +136,9 @@ def parse(fields: Fields) -> StepRequest:
         gpu_numbers=_gpu_numbers(fields),
         visible=_variables(fields, VISIBLE_VARIABLES),
         slurm_conf=_path(fields, "conf"),
+        auth_file=_lenient_path(fields, "authfile"),
+        runtime_directory=_lenient_path(fields, "runtime"),
+        pinned=_last(fields, "pinned"),
     )
 
 

@@ -19,6 +19,7 @@ from typing import Any
 from enclos.runtime import errors
 from enclos.runtime.connection import wait_readable
 from enclos.runtime.devices.node import NodeDevices
+from enclos.runtime.images.imports import Imports
 from enclos.runtime.images.store import MountedImages
 from enclos.runtime.jobs import Jobs
 from enclos.runtime.journal import Journal
@@ -42,6 +43,7 @@ class Surroundings:
     journal: Journal
     spawner: Spawner
     images: MountedImages
+    imports: Imports
     jobs: Jobs
     devices: NodeDevices
 
@@ -85,6 +87,9 @@ class Step:
     async def join(self, wanted: StepRequest) -> JoinReply:
         """The answer for one task; raises EnclosError where there is none."""
         raise errors.agent_restarted()
+
+    def show_progress(self, show: Callable[[str], None]) -> None:
+        """Where the first task shows what takes time, where something does."""
 
     @property
     def joined(self) -> bool:

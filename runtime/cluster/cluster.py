@@ -170,22 +170,22 @@ class Cluster:
     def mend(self) -> None:
         """Start the daemons that do not run, in the order in which they need each other."""
         control = self.record.machines[SUBMIT]
-        if not self._runs("munged"):
-            munged = self._keep("munged", daemons.start_munged(self.layout, control))
+        if not self.runs("munged"):
+            munged = self.keep("munged", daemons.start_munged(self.layout, control))
             socket = self.layout.munge / "socket"
             log = self.layout.log(SUBMIT, "munged")
             daemons.await_ready(lambda: daemons.accepts(socket), munged, log, "munged")
-        if not self._runs("slurmctld"):
-            self._keep("slurmctld", daemons.start_slurmctld(self.layout, control))
+        if not self.runs("slurmctld"):
+            self.keep("slurmctld", daemons.start_slurmctld(self.layout, control))
         for node in self.nodes:
-            if not self._runs(f"{node}.enclosd"):
+            if not self.runs(f"{node}.enclosd"):
                 self._start_agent(node)
         # The agent has to hold the VXLAN port before a user's process can run on the node.
         for node in self.nodes:
             self._await_agent(node)
         for node in self.nodes:
-            if not self._runs(f"{node}.slurmd"):
-                self._keep(f"{node}.slurmd", daemons.start_slurmd(self.layout, node, self.record.machines[node]))
+            if not self.runs(f"{node}.slurmd"):
+                self.keep(f"{node}.slurmd", daemons.start_slurmd(self.layout, node, self.record.machines[node]))
 
     def down(self) -> None:
         """Take the cluster down; what it left is gone when this returns."""
@@ -227,19 +227,21 @@ class Cluster:
 
     # -- daemons ------------------------------------------------------------------------------------------
 
-    def _keep(self, key: str, process: Process) -> Process:
+    def keep(self, key: str, process: Process) -> Process:
+        """Record a daemon that was started."""
         self.record.daemons[key] = process
         self.record.save(self.layout)
         return process
 
-    def _runs(self, key: str) -> bool:
+    def runs(self, key: str) -> bool:
+        """Whether a daemon that was recorded is alive."""
         process = self.record.daemons.get(key)
         return process is not None and process.is_alive()
 
     def _start_agent(self, node: str) -> None:
         agent = daemons.start_agent(self.layout, node, self.record.machines[node], self.record.slurm)
         if agent is not None:
-            self._keep(f"{node}.enclosd", agent)
+            self.keep(f"{node}.enclosd", agent)
 
     def _await_agent(self, node: str) -> None:
         agent = self.record.daemons.get(f"{node}.enclosd")
@@ -271,7 +273,7 @@ class Cluster:
 
     def start_agent(self, node: str) -> None:
         """Start the agent of a node and wait until it serves; one that runs is fine."""
-        if not self._runs(f"{node}.enclosd"):
+        if not self.runs(f"{node}.enclosd"):
             self._start_agent(node)
         self._await_agent(node)
 

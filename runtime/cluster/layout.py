@@ -128,6 +128,10 @@ class Layout:
         """Mounted on /etc/enclos of one machine."""
         return self.state / "nodes" / machine / "enclos"
 
+    def node_cache(self, machine: str) -> Path:
+        """Mounted on /var/cache/enclos of one machine."""
+        return self.state / "nodes" / machine / "cache"
+
     def log(self, machine: str, daemon: str) -> Path:
         return self.logs / f"{machine}.{daemon}.log"
 
@@ -141,6 +145,7 @@ class Layout:
         self.shared.chmod(0o1777)
         for machine in machines:
             self.node_etc(machine).mkdir(parents=True)
+            self.node_cache(machine).mkdir(mode=0o700)
 
 
 @dataclass(slots=True)

@@ -8,6 +8,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from enclos.runtime.cluster import registry as registries
 from enclos.runtime.cluster.cluster import Cluster, ClusterError, clusters
 from enclos.runtime.cluster.demo import show
 from enclos.runtime.cluster.image import ImageError, install
@@ -49,6 +50,7 @@ def parser() -> argparse.ArgumentParser:
     image.add_argument(
         "--mpi", choices=("openmpi", "mpich"), default="openmpi", help="which MPI (default: %(default)s)"
     )
+    verbs.add_parser("registry", parents=[common], help="run a registry on the submit host, with the demo's image")
     tour = verbs.add_parser("demo", help="the tour that `make demo` gives, on a fresh cluster of two nodes")
     tour.add_argument("--name", default="demo", help="name of its cluster (default: %(default)s)")
     tour.add_argument("--keep", action="store_true", help="leave the cluster up (as DEMO_KEEP=1)")
@@ -138,13 +140,30 @@ def image(options: argparse.Namespace) -> int:
     return 0
 
 
+def registry(options: argparse.Namespace) -> int:
+    """Run the registry, put the demo's image into it, and tell its reference."""
+    cluster = Cluster.attach(options.name)
+    registries.start(cluster)
+    print(registries.push_demo_image(cluster))
+    return 0
+
+
 def demo(options: argparse.Namespace) -> int:
     """Show the main job."""
     keep = options.keep or os.environ.get("DEMO_KEEP", "") not in ("", "0")
     return show(options.name, keep)
 
 
-VERBS = {"image": image, "demo": demo, "up": up, "down": down, "status": status, "run": run, "shell": shell}
+VERBS = {
+    "image": image,
+    "registry": registry,
+    "demo": demo,
+    "up": up,
+    "down": down,
+    "status": status,
+    "run": run,
+    "shell": shell,
+}
 
 if __name__ == "__main__":
     sys.exit(main())

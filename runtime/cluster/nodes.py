@@ -132,6 +132,9 @@ for kept in $hidden; do
     number=$((number + 1))
 done
 mount --bind "$state/nodes/$hostname/enclos" /etc/enclos
+# The image cache of a node is its own, as on a disk of its own.
+mkdir -p /var/cache/enclos
+mount --bind "$state/nodes/$hostname/cache" /var/cache/enclos
 """
 
 NODE_NAME = """\

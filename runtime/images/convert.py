@@ -14,7 +14,8 @@ from typing import BinaryIO
 
 from enclos.runtime.images import tar
 from enclos.runtime.images.blob import Blob
-from enclos.runtime.images.flatten import BadLayer, Limits, Merge, Repeat
+from enclos.runtime.images.flatten import BadLayer, Merge, Repeat
+from enclos.runtime.images.order import Limits, Packing
 
 END_OF_ARCHIVE = bytes(2 * tar.BLOCK)
 BUFFER_BYTES = 1 << 18
@@ -23,19 +24,6 @@ STDERR_LIMIT = 4096
 
 class PackFailed(OSError):
     """tar2sqfs could not write the file; the message has its words."""
-
-
-@dataclass(frozen=True, slots=True)
-class Packing:
-    """How squashfs files are written: compressor, its level (0 for its own default), block size in bytes."""
-
-    compression: str
-    level: int
-    block_bytes: int
-
-    def command(self, path: str) -> list[str]:
-        level = ["-X", f"level={self.level}"] if self.level and self.compression in ("zstd", "gzip", "xz") else []
-        return ["tar2sqfs", "-q", "-s", "-f", "-c", self.compression, *level, "-b", str(self.block_bytes), path]
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,7 +87,8 @@ def pack(layers: Sequence[Layer], lowest: bool, limits: Limits, packing: Packing
 
 def _into_squashfs(produce: Callable[[tar.Write], None], blobs: _Blobs, packing: Packing, path: str) -> None:
     with tempfile.TemporaryFile() as messages:
-        process = subprocess.Popen(packing.command(path), stdin=subprocess.PIPE, stderr=messages, pass_fds=_fd_of(path))
+        command = _command(packing, path)
+        process = subprocess.Popen(command, stdin=subprocess.PIPE, stderr=messages, pass_fds=_fd_of(path))
         assert process.stdin is not None
         try:
             with open(process.stdin.fileno(), "wb", BUFFER_BYTES, closefd=False) as stream:
@@ -116,6 +105,11 @@ def _into_squashfs(produce: Callable[[tar.Write], None], blobs: _Blobs, packing:
             raise
         if process.wait() != 0:
             raise _failure(process, messages)
+
+
+def _command(packing: Packing, path: str) -> list[str]:
+    level = ["-X", f"level={packing.level}"] if packing.level and packing.compression in ("zstd", "gzip") else []
+    return ["tar2sqfs", "-q", "-s", "-f", "-c", packing.compression, *level, "-b", str(packing.block_bytes), path]
 
 
 def _fd_of(path: str) -> tuple[int, ...]:

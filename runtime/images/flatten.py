@@ -14,9 +14,9 @@ from __future__ import annotations
 
 import stat
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 
 from enclos.runtime.images import tar
+from enclos.runtime.images.order import Limits
 from enclos.runtime.images.tar import Member
 
 OPAQUE = b".wh..wh..opq"
@@ -46,14 +46,6 @@ class NeedsBase(Exception):
 
 class Repeat(Exception):
     """A layer replaces what it brought itself: it cannot be written in one pass."""
-
-
-@dataclass(frozen=True, slots=True)
-class Limits:
-    """Of what one merge may read: members of all kinds, and bytes of files, holes included."""
-
-    members: int
-    bytes: int
 
 
 class Directory:
@@ -272,10 +264,10 @@ class Tree:
 def split(name: bytes, what: str = "") -> list[bytes]:
     """The components of a member's name; BadLayer where they lead anywhere but down.
 
-    A single leading `./` is how most layers begin their names.
+    The root alone may be called `/`: `umoci insert` calls it so.
     """
     what = what or f"the member {shown(name)}"
-    if name.startswith(b"/"):
+    if name.startswith(b"/") and name.strip(b"/"):
         raise BadLayer(f"{what} has an absolute path")
     if b"\0" in name:
         raise BadLayer(f"{what} has a NUL in its name")

@@ -28,11 +28,12 @@ from enclos.runtime import errors, protocol
 from enclos.runtime.builder import Builder
 from enclos.runtime.images import convert, fetch, manifest, reference, sandbox
 from enclos.runtime.images.blob import BadBlob
-from enclos.runtime.images.convert import Layer, PackFailed, Packing
+from enclos.runtime.images.convert import Layer, PackFailed
 from enclos.runtime.images.fetch import Credentials
-from enclos.runtime.images.flatten import BadLayer, Limits, NeedsBase, TooLarge
+from enclos.runtime.images.flatten import BadLayer, NeedsBase, TooLarge
 from enclos.runtime.images.layout import Store
 from enclos.runtime.images.manifest import LayerInfo
+from enclos.runtime.images.order import Order
 from enclos.runtime.images.reference import Reference
 from enclos.runtime.images.sandbox import Rights, Sandbox
 from enclos.runtime.images.tar import BadArchive
@@ -52,63 +53,6 @@ class Whole(Exception):
 
 
 @dataclass(frozen=True, slots=True)
-class Order:
-    """What the agent orders, as fields of one packet."""
-
-    image: str
-    default_registry: str
-    digest: str
-    uid: int
-    gid: int
-    groups: tuple[int, ...]
-    slot: int
-    store: str
-    auth_files: tuple[str, ...]
-    netrc_files: tuple[str, ...]
-    limits: Limits
-    memory: int
-    packing: Packing
-
-    @classmethod
-    def read(cls, message: protocol.Message) -> Order:
-        return cls(
-            message.get("image"),
-            message.get("default_registry"),
-            message.get("digest"),
-            message.number("uid"),
-            message.number("gid"),
-            tuple(int(text) for text in message.get("groups").split(",") if text),
-            message.number("slot"),
-            message.get("store"),
-            tuple(message.all("auth")),
-            tuple(message.all("netrc")),
-            Limits(message.number("limit_files"), message.number("limit_bytes")),
-            message.number("memory"),
-            Packing(message.get("compression"), message.number("level"), message.number("block")),
-        )
-
-    def fields(self) -> list[tuple[str, str]]:
-        return [
-            ("image", self.image),
-            ("default_registry", self.default_registry),
-            ("digest", self.digest),
-            ("uid", str(self.uid)),
-            ("gid", str(self.gid)),
-            ("groups", ",".join(map(str, self.groups))),
-            ("slot", str(self.slot)),
-            ("store", self.store),
-            *(("auth", path) for path in self.auth_files),
-            *(("netrc", path) for path in self.netrc_files),
-            ("limit_files", str(self.limits.members)),
-            ("limit_bytes", str(self.limits.bytes)),
-            ("memory", str(self.memory)),
-            ("compression", self.packing.compression),
-            ("level", str(self.packing.level)),
-            ("block", str(self.packing.block_bytes)),
-        ]
-
-
-@dataclass(frozen=True, slots=True)
 class Resolved:
     """What the sandbox found out about the image."""
 
@@ -123,11 +67,14 @@ def main() -> None:
     os.set_inheritable(channel_fd, False)
     with open(order_fd, "rb") as file:
         file.seek(0)
-        order = Order.read(protocol.Message(protocol.decode(file.read())))
+        message = protocol.Message(protocol.decode(file.read()))
     os.umask(0o077)
     with socket.socket(fileno=channel_fd) as channel:
         try:
-            Importer(channel, order).run()
+            if message.get("verify"):
+                verify(channel, message.all("verify"))
+            else:
+                Importer(channel, Order.read(message)).run()
         except (Unwanted, ConnectionError):
             sys.exit(1)
         except errors.EnclosError as error:
@@ -212,7 +159,7 @@ class Importer:
         except errors.EnclosError as error:
             self._stop()
             # Blobs of a download that was cut off are worth keeping; those of an image that is no good are not.
-            if not _is_worth_keeping(error):
+            if not error.transient:
                 self._remove_work(resolved)
             raise
         self._stop()
@@ -298,7 +245,7 @@ class Importer:
             message.close()  # A sandbox has no descriptors to give.
             if message.get("state") == "error":
                 parts = (message.get(part) for part in ("subject", "what", "cause", "hint"))
-                raise errors.EnclosError(*parts)
+                raise errors.EnclosError(*parts, transient=message.get("transient") == "1")
         return message
 
     def _tell(self, state: str, *fields: tuple[str, str]) -> None:
@@ -458,6 +405,19 @@ def finish_part(store: Store, output_fd: int, key: str) -> tuple[int, str]:
         os.close(fd)
 
 
+def verify(channel: socket.socket, wanted: Sequence[str]) -> None:
+    """Compare files of the cache with their SHA-256, each `HEX PATH`: what is read is only hashed."""
+    intact = True
+    for text in wanted:
+        digest, _, path = text.partition(" ")
+        try:
+            with open(path, "rb", buffering=0) as file:
+                intact = intact and file_digest(file.fileno()) == digest
+        except OSError:
+            intact = False  # Not there any more, or the disk cannot read it.
+    protocol.send(channel, [("state", "intact" if intact else "damaged")])
+
+
 def file_digest(fd: int) -> str:
     digest = hashlib.sha256()
     offset = 0
@@ -497,7 +457,3 @@ def _ended(status: int) -> str:
     if status > 128:
         return f"the importer was ended by signal {status - 128}"
     return f"the importer ended with {status}"
-
-
-def _is_worth_keeping(error: errors.EnclosError) -> bool:
-    return error.what.startswith(("lost the connection", "cannot reach"))

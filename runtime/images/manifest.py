@@ -13,14 +13,14 @@ from dataclasses import dataclass
 from typing import Any
 
 from enclos.runtime.images import layout
-from enclos.runtime.images.convert import Packing
+from enclos.runtime.images.order import Packing
 
 INDEXES = (
     "application/vnd.oci.image.index.v1+json",
     "application/vnd.docker.distribution.manifest.list.v2+json",
 )
 MANIFEST_LIMIT_BYTES = 4 << 20
-LAYER_LIMIT = 4096
+LAYER_LIMIT = 1000
 CONFIG_LIMIT_BYTES = 64 << 10
 ARCHITECTURES = {"x86_64": "amd64", "aarch64": "arm64", "ppc64le": "ppc64le", "s390x": "s390x", "riscv64": "riscv64"}
 # A part is closed when its layers have this many compressed bytes; twice as many after each eight parts.

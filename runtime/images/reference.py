@@ -33,6 +33,10 @@ class BadReference(ValueError):
     """The text is no image reference; the message says what is wrong with it."""
 
 
+class NoRegistry(BadReference):
+    """A name without a registry, where the site has no default one."""
+
+
 @dataclass(frozen=True, slots=True)
 class Reference:
     """One image as a user named it.
@@ -160,7 +164,7 @@ def _split_registry(rest: str, has_scheme: bool, default_registry: str) -> tuple
     if has_scheme:
         return DOCKER_HUB, rest
     if not default_registry:
-        raise BadReference("it is no path, and the site has no default registry")
+        raise NoRegistry("it is no path, and the site has no default registry")
     registry, _, prefix = default_registry.partition("/")
     return registry, f"{prefix.strip('/')}/{rest}" if prefix.strip("/") else rest
 

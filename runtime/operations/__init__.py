@@ -37,6 +37,7 @@ from enclos.runtime.operations.namespaces import (
     EnterNamespaces,
     EnterUserNamespace,
 )
+from enclos.runtime.operations.parts import OpenParts
 from enclos.runtime.operations.staging import (
     CloneHostPath,
     JoinNetwork,
@@ -69,6 +70,7 @@ __all__ = [
     "MakeDirectory",
     "MountInside",
     "OpenImage",
+    "OpenParts",
     "Operation",
     "PlaceImageMounts",
     "ReadImageFacts",

@@ -28,21 +28,25 @@ class EnterRoot:
 
     def execute(self, builder: Builder) -> None:
         builder.rootfs_limit = self.tmpfs_size
-        for name in ("lower", "upper", "work", "root"):
+        # An image of several parts has as many lower layers; short names, for the kernel takes 255 bytes for all.
+        lowers = {f"lower{index}": f"{index:02}" for index in range(builder.lowers)} or {"lower": "lower"}
+        for name in (*lowers.values(), "upper", "work", "root"):
             os.mkdir(name, 0o755, dir_fd=builder.fds["upper"])
         linux.move_mount(builder.fds["upper"], linux.AT_FDCWD, self.stage)
-        linux.move_mount(builder.fds["lower"], linux.AT_FDCWD, f"{self.stage}/lower")
-        if os.fstat(builder.fds["lower"]).st_uid != os.getuid():
+        for name, place in lowers.items():
+            linux.move_mount(builder.fds[name], linux.AT_FDCWD, f"{self.stage}/{place}")
+        if "lower" in lowers and os.fstat(builder.fds["lower"]).st_uid != os.getuid():
             targets = (*self.targets, *(mount.target for mount in builder.image_mounts))
             self._shadow_parents(builder.fds["lower"], targets)
-        layers = [(f"{layer}dir", f"{self.stage}/{layer}") for layer in ("lower", "upper", "work")]
+        os.chdir(self.stage)
+        layers = [("lowerdir", ":".join(reversed(lowers.values()))), ("upperdir", "upper"), ("workdir", "work")]
         attributes = MOUNT_ATTR_NOSUID | MOUNT_ATTR_NODEV
         root_fd = linux.mount_filesystem("overlay", (*layers, ("userxattr", None)), attributes)
         forbid_imports()
         linux.move_mount(root_fd, linux.AT_FDCWD, f"{self.stage}/root")
         linux.enter_root(root_fd)
-        builder.drop("lower")
-        builder.drop("upper")
+        for name in (*lowers, "upper"):
+            builder.drop(name)
         builder.keep("root", root_fd)
 
     def _shadow_parents(self, lower_fd: int, targets: Sequence[str]) -> None:

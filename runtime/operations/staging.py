@@ -16,18 +16,16 @@ from dataclasses import dataclass
 from enclos.runtime import errors, linux, rootfs
 from enclos.runtime.builder import Builder
 from enclos.runtime.devices.cdi import Node
-from enclos.runtime.idmap import image_map
 from enclos.runtime.images import origin, sif, squashfs
 from enclos.runtime.linux import (
     CLONE_NEWNET,
-    MOUNT_ATTR_IDMAP,
     MOUNT_ATTR_NODEV,
     MOUNT_ATTR_NOSUID,
     MOUNT_ATTR_RDONLY,
-    MS_PRIVATE,
     MS_SLAVE,
 )
-from enclos.runtime.operations.common import NO_NAMESPACES, open_as_user, words
+from enclos.runtime.operations.common import open_as_user
+from enclos.runtime.operations.parts import mount_lower
 
 
 @dataclass(frozen=True, slots=True)
@@ -153,7 +151,7 @@ class OpenImage:
             builder.image_is_directory = True  # CloneDirectoryImage goes on with it.
         elif stat.S_ISREG(status.st_mode):
             if self.user_files == "trust" or _is_roots(fd, status):
-                self._mount_squashfs(builder, fd, status, extent)
+                mount_lower(builder, "lower", fd, self.path, extent)
             elif self.user_files == "fuse":
                 self._serve(builder, fd, extent)
             else:
@@ -186,56 +184,12 @@ class OpenImage:
         except squashfs.Truncated as error:
             raise errors.image_truncated(self.path, error.wanted_bytes, error.file_bytes) from error
 
-    def _mount_squashfs(self, builder: Builder, fd: int, status: os.stat_result, extent: sif.Extent) -> None:
-        """Show the image as the user's: on-disk owner 0 becomes the job's uid on this clone of the mount."""
-        key = f"{status.st_dev:x}-{status.st_ino:x}-{status.st_size:x}-{status.st_mtime_ns:x}-{status.st_ctime_ns:x}"
-        with builder.need("image", ("key", key), ("path", self.path)) as answer:
-            for name, given in zip(answer.all("name"), answer.take_fds(), strict=True):
-                builder.keep(name, given)
-        mount_fd, idmap_fd = builder.fds.get("mounted", -1), builder.fds.get("idmap", -1)
-        if mount_fd < 0:
-            mount_fd = self._attach_loop(builder, fd, key, extent)
-        if idmap_fd < 0:
-            maps = image_map(builder.uid), image_map(builder.gid)
-            try:
-                idmap_fd = builder.keep("idmap", linux.userns_with_map(*maps))
-            except OSError as error:
-                if error.errno in NO_NAMESPACES:
-                    raise errors.userns_forbidden(words(error)) from error
-                raise
-            builder.give("idmap", idmap_fd)
-        lower = builder.keep("lower", linux.clone_tree("", mount_fd, recursive=False))
-        attributes = MOUNT_ATTR_IDMAP | MOUNT_ATTR_NOSUID | MOUNT_ATTR_NODEV | MOUNT_ATTR_RDONLY
-        linux.set_attributes(lower, attributes, propagation=MS_PRIVATE, userns_fd=idmap_fd)
-        builder.drop("mounted")
-        builder.drop("idmap")
-
     def _serve(self, builder: Builder, fd: int, extent: sif.Extent) -> None:
         """Have the agent start a server for the file; AwaitServer finds out whether it can read it."""
         with builder.need("server", ("offset", str(extent.offset)), fds=[fd]) as answer:
             for name, given in zip(("lower", "complaints"), answer.take_fds(), strict=True):
                 builder.keep(name, given)
 
-    def _attach_loop(self, builder: Builder, fd: int, key: str, extent: sif.Extent) -> int:
-        """Mount the file through a loop device that the kernel frees with its last mount.
-
-        The agent attaches the mount in its own mount namespace: before Linux 6.15 a detached mount
-        can't be cloned.
-        """
-        size = -(-extent.size // 512) * 512  # The kernel would leave out the last sector of an odd size.
-        loop_fd, device = linux.loop_attach(fd, self.path[-63:], extent.offset, size)
-        try:
-            options = (("source", device),)
-            attributes = MOUNT_ATTR_NOSUID | MOUNT_ATTR_NODEV | MOUNT_ATTR_RDONLY
-            mount_fd = linux.mount_filesystem("squashfs", (*options, ("ro", None)), attributes)
-        except OSError as error:
-            raise errors.image_damaged(self.path, words(error)) from error
-        finally:
-            os.close(loop_fd)
-        builder.give("image", mount_fd, ("key", key))
-        os.close(mount_fd)
-        with builder.need("attached", ("key", key)) as answer:
-            return builder.keep("mounted", answer.take_fds()[0])
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,10 +11,8 @@ from pathlib import Path
 
 import pytest
 from enclos.runtime import protocol
-from enclos.runtime.images.convert import Packing
-from enclos.runtime.images.flatten import Limits
-from enclos.runtime.images.importer import Order
 from enclos.runtime.images.layout import Store
+from enclos.runtime.images.order import Limits, Order, Packing
 from layers import Entry, layer, listing, umoci_unpack, write_layout
 from registries import Registry, make_insecure, serve
 from test_image_merge import mounted

@@ -13,8 +13,9 @@ from pathlib import Path
 
 import pytest
 from enclos.runtime.images import convert
-from enclos.runtime.images.convert import Layer, Packing
-from enclos.runtime.images.flatten import LAYER_BITS, BadLayer, Directory, Limits, NeedsBase, TooLarge, Tree
+from enclos.runtime.images.convert import Layer
+from enclos.runtime.images.flatten import LAYER_BITS, BadLayer, Directory, NeedsBase, TooLarge, Tree
+from enclos.runtime.images.order import Limits, Packing
 from enclos.runtime.images.tar import BadArchive, Reader
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
@@ -175,6 +176,7 @@ ETC = [Entry("etc", "dir", mode=0o755)]
 def test_all_that_a_layer_can_do() -> None:
     """One example of everything, so that a generator that finds nothing cannot hide it."""
     lower = [
+        Entry("/", "dir", mode=0o755),
         *ETC,
         Entry("etc/gone", data=b"1"),
         Entry("etc/kept", data=b"2"),

@@ -140,8 +140,15 @@ def test_writable(changes: dict[str, list[str]], writable: bool | None) -> None:
 
 @pytest.mark.parametrize("name", ["ubuntu:24.04", "docker://ubuntu", "image.sqsh", ".hidden", "~/x"])
 def test_image_that_is_no_path(name: str) -> None:
-    with pytest.raises(UserError, match="image not found"):
-        request(option_image=[name]).image_path()
+    assert request(option_image=[name]).image_path() == ""
+
+
+def test_a_digest_counts_for_the_image_that_srun_resolved() -> None:
+    digest = f"sha256:{'ab' * 32}"
+    wanted = {"option_image": ["docker://r.site/a:t"]}
+    assert request(**wanted, pinned=[f"docker://r.site/a:t={digest}"]).image_digest() == digest
+    for other in (f"docker://r.site/b:t={digest}", "docker://r.site/a:t=sha256:12", "docker://r.site/a:t", "", "="):
+        assert request(**wanted, pinned=[other]).image_digest() == ""
 
 
 KEYS = st.sampled_from([*FIELDS, "option.mounts", "option.env", "option.writable", "option.workdir", "env.X", "junk"])

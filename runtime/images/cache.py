@@ -1,0 +1,200 @@
+"""The node's cache: a store with a size limit, and the rule of who may have what is in it.
+
+Holds which images are there, in use, and whose; makes no import (imports.py). Root's, in the agent.
+
+Grants are kept with an image, one text each:
+
+    public SOURCE     somebody without credentials got it from there: everybody may have it
+    source SOURCE     somebody got it from there with credentials: whoever that registry lets have it may, too
+    user UID          this user brought all of it, or was let have it by such a registry
+
+SOURCE is REGISTRY/NAME. That a registry which a user chose confirms a digest proves nothing: only the one from which
+the image came knows who may have it. So whoever asks by way of another brings all of its layers himself.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import shutil
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import replace
+
+from enclos.runtime.images.layout import ImageRecord, Store
+
+log = logging.getLogger("enclosd")
+
+LOOP_DEVICES = "/sys/block"
+VERIFIED_MODE = 0o700
+
+
+class Cache:
+    """The images of this node. `verified` is a directory that is empty after a boot."""
+
+    def __init__(self, directory: str, limit_bytes: int, verified: str) -> None:
+        self.store = Store(directory)
+        self._limit = limit_bytes
+        self._verified = verified
+        self._held: Counter[str] = Counter()
+
+    def open(self) -> None:
+        """Make the directories, and remove what an import before this agent left unnamed. Raises OSError."""
+        self.store.make()
+        os.makedirs(self._verified, VERIFIED_MODE, exist_ok=True)
+        self._remove_unnamed()
+
+    # --- who may have what ------------------------------------------------------------------------------------
+
+    def find(self, digest: str) -> ImageRecord | None:
+        return self.store.find(digest)
+
+    def may_have(self, record: ImageRecord, uid: int) -> bool:
+        """Whether this user gets the image without a word of its registry."""
+        return f"user {uid}" in record.grants or any(grant.startswith("public ") for grant in record.grants)
+
+    def came_from(self, record: ImageRecord, source: str) -> bool:
+        """Whether this source's registry is one that knows who may have the image."""
+        return f"source {source}" in record.grants or f"public {source}" in record.grants
+
+    def grant(self, record: ImageRecord, uid: int, source: str, private: bool) -> ImageRecord:
+        """Note that the registry let this user have it."""
+        added = [f"user {uid}", f"source {source}"] if private else [f"public {source}"]
+        grants = tuple(dict.fromkeys([*record.grants, *added]))
+        if grants == record.grants:
+            return record
+        changed = replace(record, grants=grants)
+        self.store.add(changed)
+        return changed
+
+    def reusable(self, uid: int, source: str) -> set[str]:
+        """Keys of parts that an import by this user from this source need not make again."""
+        keys: set[str] = set()
+        for record in self.records():
+            if self.may_have(record, uid) or self.came_from(record, source):
+                keys.update(part.key for part in record.parts)
+        return keys
+
+    def records(self) -> list[ImageRecord]:
+        """All images that are whole."""
+        names = os.listdir(f"{self.store.directory}/images")
+        found = (self.find(f"sha256:{name.removesuffix('.json')}") for name in names if name.endswith(".json"))
+        return [record for record in found if record is not None]
+
+    # --- use and eviction -------------------------------------------------------------------------------------
+
+    def hold(self, record: ImageRecord) -> None:
+        """Keep its parts from eviction, until `release`; and count this as its last use."""
+        self._held.update(part.key for part in record.parts)
+        with contextlib.suppress(OSError):
+            os.utime(self.store.record_path(record.digest))
+
+    def release(self, record: ImageRecord) -> None:
+        self._held.subtract(part.key for part in record.parts)
+        self._held += Counter()
+
+    def make_room(self, working: Iterable[str] = ()) -> None:
+        """Remove images until the cache is within its limit: those whose last use is longest ago, none in use.
+
+        Args:
+            working: digests of imports under way; the blobs of others are what interrupted ones left, and go first.
+        """
+        if self.used_bytes() <= self._limit:
+            return
+        self._remove_work(set(working))
+        in_use = set(self._held) | self._mounted()
+        for record in sorted(self.records(), key=self._last_use):
+            if self.used_bytes() <= self._limit:
+                return
+            if any(part.key in in_use for part in record.parts):
+                continue
+            log.info("image=%s removed from the cache, to make room", record.digest)
+            self.store.remove(record.digest)
+            self._remove_unnamed()
+
+    def remove(self, record: ImageRecord) -> None:
+        """Remove an image that is damaged, with those of its parts that no other has."""
+        self.store.remove(record.digest)
+        self._remove_unnamed()
+
+    def used_bytes(self) -> int:
+        """What the files of the cache take on disk."""
+        total = 0
+        for directory, _, files in os.walk(self.store.directory):
+            for name in files:
+                with contextlib.suppress(FileNotFoundError):
+                    total += os.lstat(f"{directory}/{name}").st_blocks * 512
+        return total
+
+    def _last_use(self, record: ImageRecord) -> float:
+        try:
+            return os.stat(self.store.record_path(record.digest)).st_mtime
+        except FileNotFoundError:
+            return 0.0
+
+    def _mounted(self) -> set[str]:
+        """Keys of the parts that the kernel has mounted, for steps of this agent or one before it."""
+        found: set[str] = set()
+        for device in os.listdir(LOOP_DEVICES):
+            with contextlib.suppress(OSError), open(f"{LOOP_DEVICES}/{device}/loop/backing_file") as file:
+                found.add(os.path.basename(file.read().strip()).removesuffix(".sqsh"))
+        return found
+
+    def _remove_unnamed(self) -> None:
+        """Parts that no record names, records without their parts, and halves of records."""
+        named = {part.key for record in self.records() for part in record.parts}
+        for name in os.listdir(f"{self.store.directory}/parts"):
+            key = name.removesuffix(".sqsh")
+            if key not in named and key not in self._held:
+                with contextlib.suppress(FileNotFoundError):
+                    os.unlink(f"{self.store.directory}/parts/{name}")
+        for name in os.listdir(f"{self.store.directory}/images"):
+            if not name.endswith(".json") or self.find(f"sha256:{name.removesuffix('.json')}") is None:
+                with contextlib.suppress(FileNotFoundError):
+                    os.unlink(f"{self.store.directory}/images/{name}")
+
+    def _remove_work(self, working: set[str]) -> None:
+        for name in os.listdir(f"{self.store.directory}/work"):
+            if f"sha256:{name}" not in working:
+                shutil.rmtree(f"{self.store.directory}/work/{name}", ignore_errors=True)
+
+    def keep_parts(self, keys: Iterable[str]) -> None:
+        """Hold parts that an import has made and no record names yet."""
+        self._held.update(keys)
+
+    def drop_parts(self, keys: Iterable[str]) -> None:
+        self._held.subtract(keys)
+        self._held += Counter()
+
+    # --- the check on use -------------------------------------------------------------------------------------
+
+    def unverified(self, record: ImageRecord) -> list[tuple[str, str]]:
+        """(path, SHA-256) of the parts whose bytes nobody has looked at since the node booted."""
+        found = []
+        for part in record.parts:
+            path = self.store.part_path(part.key)
+            if self._mark(path) != self._read_mark(part.key):
+                found.append((path, part.sha256))
+        return found
+
+    def set_verified(self, record: ImageRecord) -> None:
+        for part in record.parts:
+            with open(f"{self._verified}/{part.key}", "w") as file:
+                file.write(self._mark(self.store.part_path(part.key)))
+
+    @staticmethod
+    def _mark(path: str) -> str:
+        """The file as it is now; a change of it changes this."""
+        try:
+            status = os.stat(path)
+        except FileNotFoundError:
+            return "missing"
+        return f"{status.st_dev} {status.st_ino} {status.st_size} {status.st_mtime_ns} {status.st_ctime_ns}"
+
+    def _read_mark(self, key: str) -> str:
+        try:
+            with open(f"{self._verified}/{key}") as file:
+                return file.read(256)
+        except OSError:
+            return ""
