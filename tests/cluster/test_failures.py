@@ -125,7 +125,7 @@ CASES = [
         "image-of-a-registry",
         "ubuntu:24.04",
         MISSING,
-        "hint: give the path of a squashfs file or directory: /PATH or ./PATH",
+        "hint: give docker://REGISTRY/NAME:TAG, or the path of a squashfs file or directory: /PATH or ./PATH",
     ),
     bad_image("image-unreadable", "/images/private.sqsh", DENIED, READABLE),
     bad_image("image-in-a-closed-folder", "/shared/secret/image.sqsh", DENIED, READABLE),
