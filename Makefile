@@ -102,6 +102,8 @@ install: $(SHIM) ## install for a site: DESTDIR=, prefix=/usr/local, sysconfdir=
 	install -m 755 $(SHIM) build/slurm-command $(DESTDIR)$(libdir)/
 	test -e $(DESTDIR)$(sysconfdir)/enclos/enclos.yaml || install -m 644 conf/enclos.yaml $(DESTDIR)$(sysconfdir)/enclos/
 	sed 's|^ExecStart=.*|ExecStart=$(prefix)/bin/enclosd|' conf/enclosd.service > $(DESTDIR)$(unitdir)/enclosd.service
+	install -D -m 644 conf/completion/enclos.bash $(DESTDIR)$(prefix)/share/bash-completion/completions/enclos
+	install -D -m 644 -t $(DESTDIR)$(prefix)/share/zsh/site-functions conf/completion/_enclos
 	for page in docs/man/*.[1-8]; do install -D -m 644 -t $(DESTDIR)$(mandir)/man$${page##*.} "$$page"; done
 	@echo 'plugstack.conf: required $(libdir)/spank_enclos.so'
 

@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from enclos.runtime import manual
 from enclos.runtime.config import yaml_value
 from enclos.runtime.settings import (
     INTERFACE_VARIABLES,
@@ -228,7 +229,21 @@ def _value_words(row: Row) -> str:
     return f"{row.kind.describe()} (default {yaml_value(row.default)})"
 
 
+def man_globals() -> str:
+    """Options of `enclos` itself."""
+    from enclos.runtime.cli.main import GLOBAL_OPTIONS
+
+    lines: list[str] = []
+    for name, text in GLOBAL_OPTIONS.items():
+        lines += [".TP", f"\\fB{roff(name)}\\fR", roff(f"{text[0].upper()}{text[1:]}.")]
+    return "\n".join(lines)
+
+
 TABLES: dict[str, Callable[[], str]] = {
+    "synopsis": lambda: manual.synopsis(roff),
+    "verbs": lambda: manual.man_verbs(roff),
+    "globals": man_globals,
+    "daemon": lambda: manual.man_daemon(roff),
     "options": man_options,
     "environment": man_environment,
     "settings": man_settings,
@@ -259,6 +274,8 @@ def files(root: Path = ROOT) -> dict[Path, str]:
         root / "spank/options.gen.h": c_header(),
         root / "conf/enclos.yaml": yaml_example(),
         root / "conf/enclos.schema.json": json_schema(),
+        root / "conf/completion/enclos.bash": manual.bash(),
+        root / "conf/completion/_enclos": manual.zsh(),
     }
     for page in sorted((root / "docs/man").glob("*.[158]")):
         made[page] = fill_tables(page.read_text())

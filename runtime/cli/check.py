@@ -18,7 +18,11 @@ from enclos.runtime.errors import printable
 def run(arguments: list[str]) -> int:
     """Test and print."""
     parser = common.Parser(
-        prog="enclos check", description="Test whether this node can run containers, and say what to mend."
+        prog="enclos check",
+        description="Test whether this node can run containers, and say what to mend. Kernel features are tested by "
+        "using them, in namespaces that end with the test; as root it tests more. Each line starts with ok, mend "
+        "(containers will fail until it is mended; the next line says how), note (worth knowing), or skipped (could "
+        "not be tested here).",
     )
     common.add_json(parser)
     given = parser.parse_args(arguments)

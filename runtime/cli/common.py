@@ -8,17 +8,43 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NoReturn
 
 from enclos.runtime import errors
 
 
+class Captured(Exception):
+    """The parser of a verb, instead of its run; see `capture`."""
+
+    def __init__(self, parser: Parser) -> None:
+        self.parser = parser
+
+
 class Parser(argparse.ArgumentParser):
     """An argument parser whose errors are one line and a hint instead of the whole help."""
 
+    capturing = False
+
+    def parse_args(self, args: Sequence[str] | None = None) -> argparse.Namespace:  # type: ignore[override]
+        if Parser.capturing:
+            raise Captured(self)
+        return super().parse_args(args)
+
     def error(self, message: str) -> NoReturn:
         raise errors.usage(self.prog.removeprefix("enclos").strip(), message)
+
+
+def capture(run: Callable[[list[str]], int]) -> Parser:
+    """The arguments that a verb takes, for manual and completion: it runs no further than to making its parser."""
+    Parser.capturing = True
+    try:
+        run([])
+    except Captured as captured:
+        return captured.parser
+    finally:
+        Parser.capturing = False
+    raise TypeError(f"{run.__module__} parses no arguments")
 
 
 def add_json(parser: argparse.ArgumentParser) -> None:

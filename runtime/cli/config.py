@@ -17,7 +17,12 @@ def run(arguments: list[str]) -> int:
         prog="enclos config", description="Show the settings in force, or validate a file."
     )
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="show|validate")
-    show = verbs.add_parser("show", help="print each setting, its value and where it came from")
+    show = verbs.add_parser(
+        "show",
+        help="print each setting, its value and where it came from",
+        description="Print each setting, its value and where it came from: default, FILE:LINE, or an environment "
+        "variable. The agent reads the file when it starts.",
+    )
     show.add_argument("--file", help=f"instead of ${config.PATH_VARIABLE} or {config.DEFAULT_PATH}")
     common.add_json(show)
     validate = verbs.add_parser(

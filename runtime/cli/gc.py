@@ -13,7 +13,8 @@ def run(arguments: list[str]) -> int:
     """Ask the agent to compare its jobs with slurmctld's."""
     parser = common.Parser(
         prog="enclos gc",
-        description="Undo what jobs left on this node whose epilog the agent missed. Running jobs are left alone.",
+        description="Undo what jobs left on this node whose epilog the agent missed. Running jobs are left alone. "
+        "Root only; the agent does the same when it starts.",
     )
     common.add_json(parser)
     given = parser.parse_args(arguments)

@@ -24,6 +24,12 @@ VERBS: dict[str, tuple[str, str]] = {
     "config": ("config", "show the settings in force, or validate a configuration file"),
 }
 
+GLOBAL_OPTIONS = {
+    "--help": "list the verbs; after a verb, explain it",
+    "--version": "print the version",
+    "--debug": "before the verb: on an error, show where in the program it came from",
+}
+
 EXIT_FAILED = 1
 EXIT_USAGE = 2
 EXIT_INTERRUPTED = 130

@@ -21,7 +21,9 @@ HEAD = ("STEP", "USER", "STATE", "NETWORK", "ADDRESS", "TASKS", "TIME", "DEVICES
 def run(arguments: list[str]) -> int:
     """List containers."""
     parser = common.Parser(
-        prog="enclos ps", description="List the containers on this node: yours, or all for root."
+        prog="enclos ps",
+        description="List the containers on this node: yours, or all for root. A line is one job step; its tasks here "
+        "share the container. ADDRESS is this node's address on the job's network.",
     )
     common.add_json(parser)
     given = parser.parse_args(arguments)
