@@ -226,6 +226,35 @@ def image_fuse_failed(number: int) -> EnclosError:
     )
 
 
+def image_not_in_store(reference: str, directories: Sequence[str]) -> EnclosError:
+    """`enclos image` was given something that no store has."""
+    return UserError(
+        reference,
+        "no such image",
+        f"searched {', '.join(directories) or 'no store'}",
+        "'enclos image ls' lists images, 'enclos image pull' fetches one",
+    )
+
+
+def store_unusable(directory: str, number: int) -> EnclosError:
+    """`enclos image` cannot read or write a store."""
+    return UserError(
+        directory,
+        "cannot be used as a store of images",
+        reason(number),
+        "is it yours, on a file system that is mounted and has room?",
+    )
+
+
+def no_own_store() -> EnclosError:
+    """The site gave this user no store, or root no site store."""
+    return UserError(
+        "enclos image",
+        "there is no store that you may fill",
+        hint=ADMIN + "images.user_store, and for root images.site_store, in enclos.yaml",
+    )
+
+
 def image_place_missing(reference: str, path: str, number: int) -> EnclosError:
     """Where every container has something mounted, the image has something else."""
     return UserError(

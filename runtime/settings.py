@@ -143,6 +143,18 @@ class Images:
         "kernel reads the file's structures, so a file crafted by a user could attack it; choose that only "
         "where users are trusted that far. Directories are always accepted.",
     )
+    site_store: str = setting(
+        "",
+        Text(r"|/[^\s:,\\]*", "an absolute path, or empty"),
+        "Directory of the site's images, on a file system that all nodes see. Root fills it with 'enclos image pull', "
+        "users only read. Before a registry is asked, an image is looked for here. Empty: there is none.",
+    )
+    user_store: str = setting(
+        "{home}/.local/share/enclos/images",
+        Text(r"|(/|\{home\}/)[^\s:,\\]*", "an absolute path, perhaps with {home} or {user} in it, or empty"),
+        "Directory of a user's images, which 'enclos image pull' fills; best on a shared file system, as "
+        "'/scratch/{user}/images'. An image is looked for there after the site's store. Empty: users have none.",
+    )
     idle_seconds: int = setting(
         600,
         Number(0, 86400),

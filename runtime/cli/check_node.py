@@ -80,6 +80,15 @@ def underlay_findings(settings: Config) -> Iterator[Finding]:
 
 def image_findings(settings: Config) -> Iterator[Finding]:
     """What images need beside the kernel."""
+    site = settings.images.site_store
+    if site and not os.path.isdir(site):
+        yield mend("images.site_store", f"{site} is not there", "mount it, or fill it: enclos image pull")
+    elif site:
+        status = os.stat(site)
+        closed = status.st_uid == 0 and not status.st_mode & 0o022
+        hint = "give it to root, and let nobody else write to it"
+        what = f"{site} is not root's alone"
+        yield ok("images.site_store", site) if closed else mend("images.site_store", what, hint)
     wanted = settings.images.user_files == "fuse"
     try:
         yield ok("squashfuse", server.find_program())

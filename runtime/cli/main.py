@@ -17,6 +17,7 @@ from enclos.runtime.errors import EnclosError, UsageError
 # verb: (module of this package, one line of help)
 VERBS: dict[str, tuple[str, str]] = {
     "ps": ("ps", "list the containers on this node"),
+    "image": ("image", "pull, list and remove images: your own and the site's"),
     "check": ("check", "test whether this node can run containers, and say what to mend"),
     "gc": ("gc", "undo what ended jobs left on this node (root)"),
     "render": ("render", "print the plan of a container without making it"),

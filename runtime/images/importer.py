@@ -116,7 +116,8 @@ class Importer:
     def _credentials(self) -> Credentials:
         """Open what there is of the user's credentials, as the user; nothing of it is read here."""
         order = self._order
-        with Builder(self._channel, order.uid, order.gid, order.groups).as_user():
+        as_user = Builder(self._channel, order.uid, order.gid, order.groups).as_user
+        with contextlib.nullcontext() if order.own else as_user():
             found = [tuple(map(_open_text, paths)) for paths in (order.auth_files, order.netrc_files)]
         return Credentials(*(tuple(fd for fd in fds if fd >= 0) for fds in found))
 
@@ -143,12 +144,12 @@ class Importer:
         return frozenset(message.all("part"))
 
     def _fetch_rights(self, file_bytes: int) -> Rights:
-        return Rights(self._order.slot, True, FETCH_MEMORY, file_bytes)
+        return Rights(self._order.slot, True, FETCH_MEMORY, file_bytes, own=self._order.own)
 
     # --- importing --------------------------------------------------------------------------------------------
 
     def _import(self, resolved: Resolved, credentials: Credentials, reuse: frozenset[str]) -> None:
-        groups = manifest.group(resolved.layers)
+        groups = [resolved.layers] if self._order.whole else manifest.group(resolved.layers)
         try:
             try:
                 self._build(resolved, credentials, groups, reuse)
@@ -328,7 +329,7 @@ class Build:
                 blobs.append(_open_blob(f"{self._work}/blobs/sha256/{layer.digest.partition(':')[2]}"))
                 stack.callback(os.close, blobs[-1])
             job = job_convert(order, blobs, [layer.digest for layer in group], index == 0, output_fd)
-            rights = Rights(order.slot, False, order.memory, order.limits.bytes)
+            rights = Rights(order.slot, False, order.memory, order.limits.bytes, own=order.own)
             running = self._importer._start("convert", job, rights, fds=[output_fd, *blobs])
             self._converting[running] = (index, os.dup(output_fd))
 

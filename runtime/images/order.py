@@ -26,7 +26,11 @@ class Packing:
 
 @dataclass(frozen=True, slots=True)
 class Order:
-    """What the agent orders, as fields of one packet."""
+    """What the agent orders, as fields of one packet.
+
+    `whole` wants one squashfs file of all layers instead of parts. `own` is the order of a user to his own importer,
+    which is root in a namespace where nobody else is: there are no other ids to take.
+    """
 
     image: str
     default_registry: str
@@ -41,6 +45,8 @@ class Order:
     limits: Limits
     memory: int
     packing: Packing
+    whole: bool = False
+    own: bool = False
 
     @classmethod
     def read(cls, message: Message) -> Order:
@@ -58,6 +64,8 @@ class Order:
             Limits(message.number("limit_files"), message.number("limit_bytes")),
             message.number("memory"),
             Packing(message.get("compression"), message.number("level"), message.number("block")),
+            message.get("whole") == "1",
+            message.get("own") == "1",
         )
 
     def fields(self) -> list[tuple[str, str]]:
@@ -78,4 +86,6 @@ class Order:
             ("compression", self.packing.compression),
             ("level", str(self.packing.level)),
             ("block", str(self.packing.block_bytes)),
+            ("whole", str(int(self.whole))),
+            ("own", str(int(self.own))),
         ]

@@ -44,6 +44,7 @@ class Rights:
         memory: bytes of data a process may have (RLIMIT_DATA).
         file_bytes: largest file it may write (RLIMIT_FSIZE).
         processes: of this uid on the node, threads included.
+        own: this is root of a user namespace in which nobody but its user exists; he keeps his id, and nothing else.
     """
 
     uid: int
@@ -51,6 +52,7 @@ class Rights:
     memory: int
     file_bytes: int
     processes: int = 256
+    own: bool = False
 
 
 class Sandbox:
@@ -153,7 +155,10 @@ def _confine(name: str, rights: Rights, work: str) -> None:
     os.umask(0o077)
     _limit(rights)
     linux.drop_bounding_set(0)
-    linux.keep_capabilities_and_become(rights.uid, rights.uid, (), 0)
+    if rights.own:
+        linux.set_capabilities(0, 0)
+    else:
+        linux.keep_capabilities_and_become(rights.uid, rights.uid, (), 0)
     linux.set_no_new_privileges()
     linux.set_dumpable(False)
     linux.set_parent_death_signal(signal.SIGKILL)

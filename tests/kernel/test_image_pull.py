@@ -1,0 +1,240 @@
+"""`enclos image`: stores filled from a real registry, by a user in a namespace of his own and by root."""
+
+from __future__ import annotations
+
+import json
+import os
+import pty
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from enclos.runtime.images.filestore import FileStore
+from layers import Entry, layer, write_layout
+from registries import Registry, make_insecure, serve
+
+pytestmark = [pytest.mark.kernel, pytest.mark.skipif(os.geteuid() != 0, reason="needs root")]
+
+DAEMON = 1  # A user who has a name and owns nothing.
+ENCLOS = [sys.executable, "-c", "import sys; from enclos.runtime.cli.main import main; sys.exit(main())"]
+CONFIG = {"Env": ["FROM_IMAGE=yes"], "WorkingDir": "/work"}
+
+
+@pytest.fixture(scope="module")
+def registry(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Registry]:
+    folder = tmp_path_factory.mktemp("registry")
+    with serve(folder) as running:
+        conf = Path(f"/etc/containers/registries.conf.d/enclos-test-pull-{os.getpid()}.conf")
+        make_insecure([running], conf)
+        below = layer([Entry("etc", "dir", mode=0o755), Entry("etc/below"), Entry("etc/gone")])
+        above = layer([Entry("etc/.wh.gone"), Entry("etc/above"), Entry("setuid", mode=0o4755)])
+        big = layer([Entry("random", data=os.urandom(24 << 20))])
+        for name, layers in {"small": [below, above], "big": [below, big]}.items():
+            write_layout(folder / name, layers, config=CONFIG)
+            running.push(folder / name, name)
+        yield running
+        conf.unlink()
+
+
+class Caller:
+    """Somebody with a store, and the command."""
+
+    def __init__(self, uid: int, store: Path, registry: Registry) -> None:
+        self.uid, self.store = uid, FileStore(str(store))
+        setting = "ENCLOS_IMAGES_USER_STORE" if uid else "ENCLOS_IMAGES_SITE_STORE"
+        self.env = {
+            "PATH": os.environ["PATH"],
+            "HOME": str(store.parent),
+            "ENCLOS_IMPORTS_DEFAULT_REGISTRY": registry.address,
+            setting: str(store),
+        }
+        ids = ["setpriv", f"--reuid={uid}", f"--regid={uid}", "--clear-groups"] if uid else []
+        self.command = [*ids, *ENCLOS, "image"]
+
+    def run(self, *words: str, timeout: float = 60) -> subprocess.CompletedProcess[str]:
+        command = [*self.command, *words]
+        return subprocess.run(command, env=self.env, capture_output=True, text=True, timeout=timeout, cwd="/")
+
+    def json(self, *words: str) -> Any:  # noqa: ANN401  # What --json says.
+        done = self.run(*words, "--json")
+        assert done.returncode == 0, done.stderr
+        return json.loads(done.stdout)
+
+    def start(self, *words: str) -> subprocess.Popen[str]:
+        pipe = subprocess.PIPE
+        return subprocess.Popen([*self.command, *words], env=self.env, text=True, stdout=pipe, stderr=pipe, cwd="/")
+
+
+@pytest.fixture(params=[DAEMON, 0], ids=["user", "root"])
+def caller(request: pytest.FixtureRequest, registry: Registry) -> Iterator[Caller]:
+    """In a folder of its own: those of pytest are closed to others."""
+    with tempfile.TemporaryDirectory(prefix="enclos-pull-") as home:
+        os.chown(home, request.param, request.param)
+        yield Caller(request.param, Path(home, "store"), registry)
+
+
+def files(store: FileStore) -> list[str]:
+    """All files below the store but its locks."""
+    root = Path(store.directory)
+    found = (str(path.relative_to(root)) for path in root.rglob("*") if path.is_file())
+    return sorted(name for name in found if not name.endswith(".lock"))
+
+
+def test_pull_and_what_is_there_then(caller: Caller, registry: Registry) -> None:
+    done = caller.run("pull", "small:t")
+    assert done.returncode == 0, done.stderr
+    name = f"docker://{registry.address}/small:t"
+    (shown,) = caller.json("ls")
+    path = Path(shown["path"])
+    assert (shown["names"], shown["store"]) == ([name], "user" if caller.uid else "site")
+    assert shown["config"]["WorkingDir"] == "/work"
+    assert [name for name in files(caller.store) if not name.startswith("names/")] == [
+        f"images/{path.stem}.json", f"images/{path.name}",
+    ]  # fmt: skip
+    # One whole squashfs: nothing of layers is left in it, and nothing of setuid.
+    assert (path.stat().st_uid, path.stat().st_mode & 0o777) == (caller.uid, 0o444)
+    listed = subprocess.run(["unsquashfs", "-lls", str(path)], capture_output=True, text=True, check=True).stdout
+    assert {row.split()[-1] for row in listed.splitlines() if "squashfs-root/etc/" in row} == {
+        "squashfs-root/etc/above", "squashfs-root/etc/below",
+    }  # fmt: skip
+    assert [row.split()[0] for row in listed.splitlines() if row.endswith("/setuid")] == ["-rwxr-xr-x"]
+    # Again: nothing is fetched.
+    again = caller.run("pull", "small:t")
+    assert again.returncode == 0 and "is here already" in again.stderr
+    # By what it is called, its digest, and the beginning of that.
+    for text in ("small:t", name, shown["digest"], shown["digest"][7:17]):
+        assert caller.json("inspect", text)["path"] == str(path)
+    copy = Path(caller.store.directory).with_name("copy.sqsh")
+    assert caller.run("export", "small:t", str(copy)).returncode == 0
+    assert copy.read_bytes() == path.read_bytes()
+    assert caller.run("rm", "small:t").returncode == 0
+    assert files(caller.store) == []
+
+
+def test_resolve(caller: Caller, registry: Registry) -> None:
+    shown = caller.json("resolve", "small:t")
+    assert shown["digest"].startswith("sha256:")
+    done = caller.run("resolve", "small:t")
+    assert done.stdout == f"docker://{registry.address}/small@{shown['digest']}\n"
+    assert not Path(caller.store.directory).exists()
+
+
+@pytest.mark.parametrize(("words", "text"), [
+    (["pull", "missing:t"], "image not found"),
+    (["pull", "/etc/passwd"], "only images of registries can be pulled"),
+    (["inspect", "small:t"], "no such image"),
+    (["rm", "small:t"], "no such image"),
+])  # fmt: skip
+def test_errors_leave_nothing(caller: Caller, words: list[str], text: str) -> None:
+    done = caller.run(*words)
+    assert done.returncode == 1 and text in done.stderr, done.stderr
+    assert done.stderr.startswith("enclos: ") and "Traceback" not in done.stderr
+    assert files(caller.store) == []
+
+
+def test_several_at_once_fetch_it_once(caller: Caller) -> None:
+    """One works, the others wait for its result."""
+    running = [caller.start("pull", "big:t") for _ in range(4)]
+    texts = [process.communicate(timeout=120)[1] for process in running]
+    assert [process.returncode for process in running] == [0] * 4, texts
+    assert sum("pulled in" in text for text in texts) == 1
+    assert sum("is here already" in text for text in texts) == 3
+
+
+def test_who_waits_takes_over_when_the_other_dies(caller: Caller) -> None:
+    assert caller.run("pull", "small:t").returncode == 0
+    lock = caller.store.lock_path(caller.json("resolve", "big:t")["digest"])
+    ids = caller.command[: -len(ENCLOS) - 1]
+    holder = subprocess.Popen([*ids, "flock", lock, "sh", "-c", "echo held; exec sleep 60"], stdout=subprocess.PIPE)
+    assert holder.stdout is not None and holder.stdout.readline() == b"held\n"
+    waiting = caller.start("pull", "big:t")
+    assert waiting.stderr is not None
+    while "waiting for another pull" not in (line := waiting.stderr.readline()):
+        assert line
+    assert [name for name in files(caller.store) if name.startswith("work/")] == []
+    # flock waits for its command, which has the lock's descriptor, too.
+    for child in Path(f"/proc/{holder.pid}/task/{holder.pid}/children").read_text().split():
+        os.kill(int(child), signal.SIGKILL)
+    holder.communicate(timeout=20)
+    _, text = waiting.communicate(timeout=60)
+    assert waiting.returncode == 0 and "pulled in" in text
+    assert len(caller.json("ls")) == 2
+
+
+def test_an_interrupted_pull_leaves_no_image_and_is_made_up_for(caller: Caller) -> None:
+    first = caller.start("pull", "big:t")
+    work = Path(caller.store.directory, "work")
+    deadline = time.monotonic() + 20
+    while not list(work.glob("*.lock")) and first.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.001)
+    first.send_signal(signal.SIGKILL)
+    first.communicate(timeout=20)
+    assert [name for name in files(caller.store) if name.startswith(("images/", "names/"))] == []
+    done = caller.run("pull", "big:t")
+    assert done.returncode == 0 and "pulled in" in done.stderr
+    assert [name for name in files(caller.store) if name.startswith("work/")] == []
+
+
+def test_gc_takes_what_has_no_name(caller: Caller) -> None:
+    assert caller.run("pull", "small:t").returncode == 0
+    assert caller.run("gc").stdout == ""
+    (image,) = caller.store.images()
+    caller.store.remove_name(image.names[0])
+    left = Path(caller.store.directory, "images", "0" * 64 + ".sqsh")
+    left.write_bytes(b"half")
+    assert caller.run("gc").stdout.splitlines() == [f"removed {image.digest}", f"removed images/{left.name}"]
+    assert files(caller.store) == []
+
+
+def test_import_of_a_file(caller: Caller, tmp_path: Path) -> None:
+    made = Path(caller.store.directory).with_name("made.sqsh")
+    command = ["mksquashfs", str(tmp_path), str(made), "-quiet", "-no-progress"]
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+    made.chmod(0o644)
+    assert caller.run("import", str(made), "mine:1").returncode == 0
+    shown = caller.json("inspect", "mine:1")
+    assert Path(shown["path"]).read_bytes() == made.read_bytes()
+    bad = caller.run("import", "/etc/passwd", "mine:2")
+    assert bad.returncode == 1 and "not a squashfs file" in bad.stderr
+
+
+def test_progress_is_a_bar_on_a_terminal(caller: Caller) -> None:
+    """Plain lines elsewhere: the other tests read them."""
+    mine, theirs = pty.openpty()
+    process = subprocess.Popen(
+        [*caller.command, "pull", "big:t"], env=caller.env | {"TERM": "xterm"}, stderr=theirs, stdout=theirs, cwd="/"
+    )
+    os.close(theirs)
+    shown = b""
+    while True:
+        try:
+            shown += os.read(mine, 4096)
+        except OSError:
+            break
+    assert process.wait(30) == 0
+    assert "━".encode() in shown and b"MB" in shown
+    assert b"pulled in" in shown.splitlines()[-1] or b"pulled in" in shown
+
+
+def test_a_store_that_cannot_be_written(caller: Caller) -> None:
+    if caller.uid == 0:
+        pytest.skip("root may write anywhere")
+    closed = Path(caller.store.directory).with_name("closed")
+    closed.mkdir(0o755)
+    caller.env["ENCLOS_IMAGES_USER_STORE"] = str(closed)
+    done = caller.run("pull", "small:t")
+    assert done.returncode == 1
+    assert f"enclos: {closed}: cannot be used as a store of images (permission denied)" in done.stderr
+
+
+def test_a_user_without_a_store_is_told(tmp_path: Path, registry: Registry) -> None:
+    caller = Caller(DAEMON, tmp_path / "store", registry)
+    caller.env["ENCLOS_IMAGES_USER_STORE"] = ""
+    done = caller.run("pull", "small:t")
+    assert done.returncode == 1 and "there is no store that you may fill" in done.stderr
