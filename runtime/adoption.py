@@ -11,7 +11,8 @@ import os
 from contextlib import suppress
 from typing import Any
 
-from enclos.runtime.agent import Agent, open_stepd
+from enclos.runtime import stepd
+from enclos.runtime.agent import Agent
 from enclos.runtime.errors import EnclosError
 from enclos.runtime.members import Identity, identity, members, open_ancestor
 from enclos.runtime.steps import AdoptedStep, start_time
@@ -75,7 +76,7 @@ def _stepd(record: dict[str, Any]) -> int:
     """The pidfd of the step's slurmstepd, or of a process that has ended."""
     pid = record["stepd"]
     try:
-        fd = open_stepd(pid)
+        fd = stepd.open_stepd(pid)
         if start_time(pid) == record["stepd_start"]:
             return fd
         os.close(fd)

@@ -15,7 +15,7 @@ import socket
 import time
 from typing import Any
 
-from enclos.runtime import errors, protocol, request
+from enclos.runtime import errors, protocol, request, stepd
 from enclos.runtime.building import NodeStep
 from enclos.runtime.connection import Connection
 from enclos.runtime.controller import JobFacts
@@ -86,7 +86,7 @@ class Agent:
                 case "end":
                     await self.around.jobs.end(message.number("job"))
                 case "prepare":
-                    self._prepare(message)
+                    self._prepare(message, _stepd_pid(message, connection, is_task=False))
                     return [], []
                 case "join":
                     return _joined(await self._join(message, connection))
@@ -122,18 +122,19 @@ class Agent:
             )
         )
 
-    def _prepare(self, message: protocol.Message) -> None:
+    def _prepare(self, message: protocol.Message, stepd_pid: int) -> None:
         """Begin to build the container of a step."""
-        step = self._step(request.parse(message.values))
+        step = self._step(_wanted(message, stepd_pid))
         step.prepare()
 
     async def _join(self, message: protocol.Message, connection: Connection) -> JoinReply:
         """Wait for the container. A step whose PREPARE went to an agent before this one is made now."""
+        stepd_pid = _stepd_pid(message, connection, is_task=True)
         step = self._steps.get((message.number("job"), message.number("step")))
-        if step is not None and step.joined and step.record["stepd"] == message.number("stepd"):
+        if step is not None and step.joined and step.record["stepd"] == stepd_pid:
             return await step.answer()  # Of up to hundreds of tasks, only the first one's request is read.
-        wanted = request.parse(message.values)
-        if step is None or step.record["stepd"] != wanted.stepd:
+        wanted = _wanted(message, stepd_pid)
+        if step is None or step.record["stepd"] != stepd_pid:
             # A requeued job has the same ids again.
             step = self._step(wanted)
         if message.get("task") == "0":
@@ -146,7 +147,7 @@ class Agent:
         Raises:
             EnclosError: bad_request, when the pid is not that of a slurmstepd of root's.
         """
-        stepd_pidfd = open_stepd(wanted.stepd)
+        stepd_pidfd = stepd.open_stepd(wanted.stepd)
         try:
             step = NodeStep(self.around, wanted, stepd_pidfd)
         except OSError as error:  # It has ended since.
@@ -293,36 +294,15 @@ def _check_version(message: protocol.Message) -> None:
         raise errors.bad_request(f"version={newest}")
 
 
+def _stepd_pid(message: protocol.Message, connection: Connection, *, is_task: bool) -> int:
+    return stepd.of_request(message.number("stepd"), connection.peer()[0], is_task=is_task)
+
+
+def _wanted(message: protocol.Message, stepd_pid: int) -> request.StepRequest:
+    """The request of a step, with slurmstepd's pid as it is here."""
+    return request.parse({**message.values, "stepd": [str(stepd_pid)]})
+
+
 def _joined(reply: JoinReply) -> tuple[list[tuple[str, str]], list[int]]:
     names = [name for name in DESCRIPTOR_ORDER if name in reply.fds]
     return [*reply.fields, ("fds", ",".join(names))], [reply.fds[name] for name in names]
-
-
-def open_stepd(pid: int) -> int:
-    """A pidfd of a slurmstepd, checked to be one of root's after it was opened; the caller owns it.
-
-    Raises:
-        EnclosError: bad_request.
-    """
-    try:
-        pidfd = os.pidfd_open(pid)
-    except OSError as error:
-        raise errors.bad_request(f"stepd={pid}: {errors.reason(error.errno or 0)}") from error
-    try:
-        executable = os.readlink(f"/proc/{pid}/exe").removesuffix(" (deleted)")
-        owner = _real_uid(pid)
-    except OSError as error:
-        os.close(pidfd)
-        raise errors.bad_request(f"stepd={pid}: {errors.reason(error.errno or 0)}") from error
-    # Debian calls the file slurmstepd-wlm.
-    if owner != 0 or not os.path.basename(executable).startswith("slurmstepd"):
-        os.close(pidfd)
-        raise errors.bad_request(f"stepd={pid} is no slurmstepd")
-    return pidfd
-
-
-def _real_uid(pid: int) -> int:
-    """The real uid: slurmstepd has the user's as its effective one at times, also while its tasks ask to join."""
-    with open(f"/proc/{pid}/status", "rb", buffering=0) as file:
-        text = file.read(65536)
-    return int(text.partition(b"\nUid:")[2].split(None, 1)[0])

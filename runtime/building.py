@@ -15,7 +15,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from enclos.netns import facts, namespace, relay
-from enclos.runtime import cgroup, environment, errors, linux, plan, policy, seccomp
+from enclos.runtime import cgroup, environment, errors, linux, plan, policy, seccomp, stepd
 from enclos.runtime.connection import wait_readable
 from enclos.runtime.container import Container, clone_directories
 from enclos.runtime.devices import choice
@@ -178,6 +178,8 @@ class NodeStep(Step):
         self._notices.clear()
         self._decision = decision = policy.decide(self.request, config)
         self.network = decision.network
+        stepd_pid = self.request.stepd
+        pid_namespace_of = stepd_pid if stepd.own_namespaces(stepd_pid, self.request.image) else 0
         maps = container_maps(self.request.uid, self.request.gid, self.request.groups, decision.remap_root)
         if maps.dropped:
             count = len(maps.dropped)
@@ -187,7 +189,8 @@ class NodeStep(Step):
             self.record["cgroup"] = cgroup.step_cgroup(self.request.stepd)
             slurm = await _slurm_client() if decision.slurm else None
             devices = await self._around.devices.select(self.request)
-            node = plan.NodeFacts(self._around.stage, self.record["cgroup"], slurm, devices)
+            cgroup_path, leader = self.record["cgroup"], self._het_leader()
+            node = plan.NodeFacts(self._around.stage, cgroup_path, slurm, devices, leader, pid_namespace_of)
             early = plan.make(self.request, decision, config, maps, node, await self._cached_image())
             self.container = Container(self._around.spawner, self._around.images)
             self._write_record()
@@ -202,6 +205,11 @@ class NodeStep(Step):
             self._abandon()
             raise
         self._write_record()
+
+    def _het_leader(self) -> int:
+        """As the prolog told it; 0 for a job that is no part of a het job."""
+        job = self._around.jobs.get(self.request.job)
+        return job.facts.leader if job is not None else 0
 
     async def _network_descriptors(self, network: asyncio.Task[int]) -> list[int]:
         """What the builder needs of the network: its namespace, and /etc/hosts where it has names of its own."""
@@ -272,7 +280,7 @@ class NodeStep(Step):
         starting = self._start_relay()
         request = self.request
         try:
-            clones = clone_directories(plan.slurm_directories(request))
+            clones = clone_directories(plan.slurm_directories(request, self._het_leader()))
             try:
                 await self.container.finish(plan.late(request, self._decision, list(clones)), clones)
             finally:
@@ -293,7 +301,7 @@ class NodeStep(Step):
         """
         if self._net_fd < 0 or self._relay is not None:
             return None
-        server_directory, *_ = plan.slurm_directories(self.request)
+        server_directory, *_ = plan.slurm_directories(self.request, self._het_leader())
         if not os.path.isdir(server_directory):
             return None  # No PMIx in this step: the sockets of slurmstepd need not be looked through.
         targets = relay.step_listeners(self.request.stepd)

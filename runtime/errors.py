@@ -157,6 +157,15 @@ def image_has_mounts(reference: str) -> EnclosError:
     )
 
 
+def slurm_user_namespace(reference: str) -> EnclosError:
+    """slurmstepd itself lives in a user namespace (namespace/linux of Slurm 26.05)."""
+    return UserError(
+        _image(reference),
+        "containers cannot be joined from Slurm's user namespace (namespace.yaml has CLONE_NEWUSER)",
+        hint="administrator: remove CLONE_NEWUSER from clone_ns_flags in namespace.yaml",
+    )
+
+
 def not_squashfs(reference: str) -> EnclosError:
     """The file does not start with a squashfs superblock."""
     return UserError(

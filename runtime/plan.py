@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 
 SAFE = MOUNT_ATTR_NOSUID | MOUNT_ATTR_NODEV
 KERNEL_FS = SAFE | MOUNT_ATTR_NOEXEC
+PROC_OPTIONS: tuple[tuple[str, str | None], ...] = (("hidepid", "invisible"),)
 STANDARD_NODES = ("/dev/null", "/dev/zero", "/dev/full", "/dev/random", "/dev/urandom", "/dev/tty", "/dev/ptmx")
 ROOT_HOME = "/root"
 FIXED_TARGETS = ("/proc", "/sys", "/dev", "/etc/passwd", "/tmp")
@@ -45,12 +46,16 @@ class NodeFacts:
         step_cgroup: directory of the step's cgroup v2, or empty where Slurm uses none.
         slurm: Slurm's commands, where a step wants them inside.
         devices: what the step may have of the CDI files.
+        het_leader: job id of the het job's leader, of which this job is a part; else 0.
+        pid_namespace_of: slurmstepd's pid, where it lives in a pid namespace of its job's; else 0.
     """
 
     stage: str
     step_cgroup: str = ""
     slurm: SlurmClient | None = None
     devices: Selection = field(default_factory=Selection)
+    het_leader: int = 0
+    pid_namespace_of: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,7 +117,10 @@ def _early(
     owner = (("uid", str(request.uid)), ("gid", str(request.gid)))
     yield op.StageFilesystem("upper", "tmpfs", (("size", config.rootfs.tmpfs_size), ("mode", "0755"), *owner), SAFE)
     yield op.StageFilesystem("shm", "tmpfs", (("size", config.rootfs.shm_size), ("mode", "1777"), *owner), SAFE)
-    yield op.StageFilesystem("proc", "proc", (("hidepid", "invisible"),), KERNEL_FS)
+    if node.pid_namespace_of:
+        yield op.StageProc("proc", node.pid_namespace_of, PROC_OPTIONS, KERNEL_FS)
+    else:
+        yield op.StageFilesystem("proc", "proc", PROC_OPTIONS, KERNEL_FS)
     if node.step_cgroup:
         yield op.CloneHostPath("cgroup", node.step_cgroup, KERNEL_FS | MOUNT_ATTR_RDONLY)
     if decision.network != "host":
@@ -135,7 +143,7 @@ def _early(
     if node.devices:
         yield op.CloneDevices()
     commands = tuple(path for path, _ in node.slurm.commands) if node.slurm else ()
-    targets = (*FIXED_TARGETS, f"{home}/", *slurm_directories(request), *commands)
+    targets = (*FIXED_TARGETS, f"{home}/", *slurm_directories(request, node.het_leader), *commands)
     targets += (*(mount.target for mount, _ in wanted), *_device_targets(node.devices))
     if decision.remap_root:
         targets += (op.APT_SETTING,)
@@ -183,12 +191,13 @@ def late(request: StepRequest, decision: Decision, directories: Sequence[str]) -
     return Plan(request.uid, request.gid, request.groups, tuple(steps))
 
 
-def slurm_directories(request: StepRequest) -> tuple[str, ...]:
+def slurm_directories(request: StepRequest, het_leader: int = 0) -> tuple[str, ...]:
     """Directories that Slurm may have made for the step, which its tasks need at the same path.
 
-    Those of the PMIx plugin, its server's and its clients', and the one that holds a batch step's script.
+    Those of the PMIx plugin, its server's and its clients', and the one that holds a batch step's script. In all parts
+    of a het job the plugin's have the id of its leader (src/plugins/mpi/pmix/pmixp_info.c, pmixp_info_set).
     """
-    step = f"{request.job}.{request.step}"
+    step = f"{het_leader or request.job}.{request.step}"
     directories = (f"{request.spool}/pmix.{step}", f"{request.tmpfs}/spmix_appdir_{request.uid}_{step}")
     if request.step == BATCH_STEP:
         return (*directories, f"{request.spool}/job{request.job:05d}")

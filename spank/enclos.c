@@ -32,6 +32,7 @@ static struct {
 	int prepare_fd;		 /* open until slurmstepd ends, so that the agent notices the end at once */
 	struct wire_out facts;	 /* what PREPARE and JOIN have in common */
 	char cwd[PATH_MAX];
+	bool cwd_guessed; /* it is the user's $PWD */
 	struct join join;
 	bool answered; /* join owns the container's namespaces, and the task is in its network */
 } step = { .socket = ENCLOS_SOCKET, .prepare_fd = -1 };
@@ -153,8 +154,8 @@ int slurm_spank_user_init(spank_t spank, int count, char *words[])
 	(void)spank;
 	(void)count;
 	(void)words;
-	if (step.wanted && getcwd(step.cwd, sizeof(step.cwd)) == NULL)
-		step.cwd[0] = '\0';
+	if (step.wanted)
+		step.cwd_guessed = !compat_step_directory(step.stepd, step.cwd, sizeof(step.cwd));
 	return 0;
 }
 
@@ -194,6 +195,19 @@ int slurm_spank_task_init_privileged(spank_t spank, int count, char *words[])
 	return 0;
 }
 
+/* Relative paths began at the user's $PWD where the step's directory was not known; here slurmstepd has entered it. */
+static bool guessed_wrong(void)
+{
+	const char *option = step.cwd_guessed ? options_relative() : NULL;
+	char here[PATH_MAX];
+
+	if (option == NULL || (getcwd(here, sizeof(here)) != NULL && strcmp(here, step.cwd) == 0))
+		return false;
+	report_keep("%s: a relative path cannot be used with --chdir here (contain_spank hides the step's directory) on %s",
+		    option, report_node());
+	return true;
+}
+
 /* The user, in the task, right before exec: into the container, or no further. */
 int slurm_spank_task_init(spank_t spank, int count, char *words[])
 {
@@ -208,6 +222,8 @@ int slurm_spank_task_init(spank_t spank, int count, char *words[])
 			    options_image_text(), report_node());
 		report_exit(1);
 	}
+	if (guessed_wrong())
+		report_exit(1);
 	status = taskprolog_run(spank);
 	if (status != 0) {
 		taskprolog_apply(spank); /* what it printed may say why */

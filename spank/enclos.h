@@ -20,11 +20,10 @@
 #define ENCLOS_BATCH_STEP 0xfffffffbU
 #define ENCLOS_EXTERN_STEP 0xfffffffcU
 
-/*
- * slurmstepd's copy of slurm.conf; each of Slurm's programs exports it, but it is not part of the plugin interface.
- * Weak, so that a release without it loads the plugin all the same; test `&slurm_conf != NULL` before use.
- */
-extern slurm_conf_t slurm_conf __attribute__((weak));
+/* compat.c: where Slurm's releases differ */
+slurm_conf_t *compat_conf(void);
+const char *compat_prolog_nodes(void);
+bool compat_step_directory(pid_t stepd, char *path, size_t size);
 
 /* options.c: the rows of options.gen.h as Slurm's options, their values, and what srun can check early */
 void options_register(spank_t spank);
@@ -34,6 +33,7 @@ void options_settle(spank_t spank);
 bool options_image_given(void);
 const char *options_image_text(void);
 void options_replace(const char *name, const char *value, const char *own);
+const char *options_relative(void);
 void options_use_image(const char *image);
 void options_add_fields(struct wire_out *out);
 const char *const *options_sent_variables(void);

@@ -21,7 +21,7 @@ static const char *const number_variables[] = { "CUDA_VISIBLE_DEVICES", "ROCR_VI
 /* GresTypes has the word "gpu". */
 static bool slurm_manages_gpus(void)
 {
-	const char *types = &slurm_conf != NULL ? slurm_conf.gres_plugins : NULL;
+	const char *types = compat_conf() != NULL ? compat_conf()->gres_plugins : NULL;
 
 	for (; types != NULL && *types != '\0'; types += strspn(types, ", ")) {
 		size_t length = strcspn(types, ", ");
@@ -54,8 +54,8 @@ void gpus_add_facts(spank_t spank, struct wire_out *out)
 	}
 	wire_add(out, "gpus", list);
 	wire_add(out, "gpu_numbers", numbers);
-	if (&slurm_conf != NULL)
-		wire_add(out, "conf", slurm_conf.slurm_conf);
+	if (compat_conf() != NULL)
+		wire_add(out, "conf", compat_conf()->slurm_conf);
 }
 
 /* The place of a number in "NUMBER:PLACE,...", or -1. */

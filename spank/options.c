@@ -460,6 +460,26 @@ const char *options_image_text(void)
 	return image != NULL ? image : "";
 }
 
+static bool starts_relative(const char *path)
+{
+	return strncmp(path, "./", 2) == 0 || strncmp(path, "../", 3) == 0;
+}
+
+/* The first option with a path that starts at the step's directory, as --container-NAME; NULL if there is none. */
+const char *options_relative(void)
+{
+	const char *entry = chosen[find_key("mounts")];
+
+	if (starts_relative(options_image_text()))
+		return "--container-image";
+	for (; entry != NULL; entry = strchr(entry, ',')) {
+		entry += *entry == ',';
+		if (starts_relative(entry))
+			return "--container-mounts";
+	}
+	return NULL;
+}
+
 /* For Slurm's own --container. */
 void options_use_image(const char *image)
 {

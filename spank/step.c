@@ -37,7 +37,7 @@ int step_task(spank_t spank)
 /* With an oci.conf beside slurm.conf, Slurm's own OCI code takes --container. */
 static bool slurm_runs_oci(void)
 {
-	const char *conf = &slurm_conf != NULL ? slurm_conf.slurm_conf : NULL;
+	const char *conf = compat_conf() != NULL ? compat_conf()->slurm_conf : NULL;
 	char path[PATH_MAX];
 	const char *slash;
 
@@ -154,9 +154,9 @@ void step_add_facts(spank_t spank, struct wire_out *out)
 		wire_add_number(out, "gid", gid);
 	add_groups(spank, out);
 	wire_add_number(out, "tasks", item_u32(spank, S_JOB_LOCAL_TASK_COUNT, 1));
-	if (&slurm_conf != NULL) {
-		add_slurm_path(out, "spool", slurm_conf.slurmd_spooldir);
-		add_slurm_path(out, "tmpfs", slurm_conf.tmp_fs);
+	if (compat_conf() != NULL) {
+		add_slurm_path(out, "spool", compat_conf()->slurmd_spooldir);
+		add_slurm_path(out, "tmpfs", compat_conf()->tmp_fs);
 	}
 	add_variable(spank, out, "home", "HOME");
 	add_variable(spank, out, "authfile", "REGISTRY_AUTH_FILE");
@@ -167,17 +167,9 @@ void step_add_facts(spank_t spank, struct wire_out *out)
 	profile_add_fields(spank, out);
 }
 
-static const char *first_variable(const char *one, const char *other)
-{
-	const char *value = getenv(one);
-
-	return value != NULL ? value : getenv(other);
-}
-
 /*
  * The facts of a job in slurm_spank_job_prolog, where the environment is slurmd's: what a user could set in it has the
- * prefix SPANK_. Returns false if this is no prolog. Only with PrologFlags=Alloc is the node list slurmctld's; without
- * it the list is srun's, and left out.
+ * prefix SPANK_. Returns false if this is no prolog.
  */
 bool job_add_facts(struct wire_out *out)
 {
@@ -187,10 +179,9 @@ bool job_add_facts(struct wire_out *out)
 		return false;
 	wire_add(out, "job", job);
 	wire_add(out, "uid", uid);
-	if (&slurm_conf != NULL && (slurm_conf.prolog_flags & PROLOG_FLAG_ALLOC))
-		wire_add(out, "nodelist", first_variable("SLURM_JOB_NODELIST", "SLURM_NODELIST"));
+	wire_add(out, "nodelist", compat_prolog_nodes());
 	wire_add(out, "account", getenv("SLURM_JOB_ACCOUNT"));
 	wire_add(out, "partition", getenv("SLURM_JOB_PARTITION"));
-	wire_add(out, "leader", first_variable("SLURM_HET_JOB_ID", "SLURM_PACK_JOB_ID"));
+	wire_add(out, "leader", getenv("SLURM_HET_JOB_ID"));
 	return true;
 }

@@ -30,10 +30,10 @@ void taskprolog_arm(void)
 {
 	static char nowhere[] = "/run/enclos/container-was-not-joined";
 
-	if (&slurm_conf == NULL)
+	if (compat_conf() == NULL)
 		return;
-	script = slurm_conf.task_prolog;
-	slurm_conf.task_prolog = nowhere;
+	script = compat_conf()->task_prolog;
+	compat_conf()->task_prolog = nowhere;
 }
 
 static void run_script(spank_t spank, int output_fd)
@@ -99,8 +99,8 @@ int taskprolog_run(spank_t spank)
 	int ends[2], status;
 	pid_t child;
 
-	if (&slurm_conf != NULL)
-		slurm_conf.task_prolog = NULL;
+	if (compat_conf() != NULL)
+		compat_conf()->task_prolog = NULL;
 	if (script == NULL || script[0] == '\0')
 		return 0;
 	spank_setenv(spank, "SLURM_SCRIPT_CONTEXT", "prolog_task", 1);

@@ -185,7 +185,7 @@ def container_findings(settings: Settings, path: Path | None) -> Iterator[Findin
         yield ok("oci.conf", "absent, so srun --container=IMAGE works as well")
     kind = ",".join(settings.get(name, "") for name in ("jobcontainertype", "namespacetype")).strip(",")
     if "linux" in kind and _clones_user_namespace(directory):
-        yield mend("job_container", f"{kind} with user namespaces: only --container-network=host can work",
+        yield mend("job_container", f"{kind} with user namespaces: no container can be joined from there",
                    "remove CLONE_NEWUSER from namespace.yaml")  # fmt: skip
     else:
         yield ok("job_container", kind if kind and kind != "(null)" else "none")

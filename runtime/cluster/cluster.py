@@ -80,6 +80,7 @@ class Cluster:
         release: str = "",
         cgroup_conf_extra: str = "",
         gpu_files: str = "",
+        slurm_files: Mapping[str, str] | None = None,
     ) -> Cluster:
         """Bring a cluster up, or mend one of that name that is up.
 
@@ -90,6 +91,7 @@ class Cluster:
             slurm_conf_extra: rows for slurm.conf; they replace ours of the same name.
             plugstack: `required` or `optional`, the word in plugstack.conf.
             config: text of enclos.yaml, the same on each node.
+            slurm_files: texts of files beside slurm.conf, by name; they replace ours, such as cgroup.conf.
             release: of Slurm, as `24.11`; "" for the machine's own. The first cluster of another one makes its root,
                 which takes a minute.
             cgroup_conf_extra: rows for cgroup.conf, which constrains nothing otherwise.
@@ -123,18 +125,18 @@ class Cluster:
                 gpu_files,
             )
             try:
-                return cls._make(layout, record, settings, config, root)
+                _write_files(layout, record, settings, config, root.path if root else Path("/"))
+                for file, text in (slurm_files or {}).items():
+                    (layout.slurm / file).write_text(text)
+                return cls._make(layout, record, root)
             except (RuntimeError, OSError) as error:
                 _remove(layout)
                 raise ClusterError(str(error)) from error
 
     @classmethod
-    def _make(
-        cls, layout: Layout, record: Record, settings: slurm.SlurmSettings, config: str, root: releases.Root | None
-    ) -> Cluster:
+    def _make(cls, layout: Layout, record: Record, root: releases.Root | None) -> Cluster:
         names = node_names(record.nodes)
         system = root.path if root else None
-        _write_files(layout, record, settings, config, system or Path("/"))
         control = nodes.start_control(layout, system)
         record.machines[SUBMIT] = control
         record.save(layout)

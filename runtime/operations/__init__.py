@@ -45,6 +45,7 @@ from enclos.runtime.operations.staging import (
     OpenImage,
     StageDevices,
     StageFilesystem,
+    StageProc,
     StageText,
 )
 from enclos.runtime.operations.usermounts import clone, place
@@ -79,6 +80,7 @@ __all__ = [
     "SetUpPackageManagers",
     "StageDevices",
     "StageFilesystem",
+    "StageProc",
     "StageText",
     "Unmount",
     "WriteAccounts",

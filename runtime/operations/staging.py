@@ -9,9 +9,11 @@ import errno
 import grp
 import os
 import pwd
+import socket
 import stat
 from contextlib import suppress
 from dataclasses import dataclass
+from typing import NoReturn
 
 from enclos.runtime import errors, linux, rootfs
 from enclos.runtime.builder import Builder
@@ -58,6 +60,52 @@ class StageFilesystem:
 
     def execute(self, builder: Builder) -> None:
         builder.keep(self.name, linux.mount_filesystem(self.fstype, self.options, self.attributes))
+
+
+@dataclass(frozen=True, slots=True)
+class StageProc:
+    """The proc of slurmstepd's pid namespace, where that is the job's own: that of the agent's shows other pids.
+
+    A new proc is that of the pid namespace its maker is in (fs/proc/root.c, proc_init_fs_context), and only a child can
+    be in another one.
+    """
+
+    name: str
+    stepd_pid: int
+    options: tuple[tuple[str, str | None], ...]
+    attributes: int
+
+    def describe(self) -> str:
+        return f"stage proc of the job's pid namespace as {self.name}"
+
+    def execute(self, builder: Builder) -> None:
+        own_fd = os.open("/proc/self/ns/pid", os.O_RDONLY)
+        job_fd = os.open(f"/proc/{self.stepd_pid}/ns/pid", os.O_RDONLY)
+        ours, childs = socket.socketpair()
+        with ours, childs:
+            linux.setns(job_fd, linux.CLONE_NEWPID)
+            child = os.fork()
+            if child == 0:
+                self._send_proc(childs)
+            linux.setns(own_fd, linux.CLONE_NEWPID)
+            os.waitpid(child, 0)
+            os.close(own_fd)
+            os.close(job_fd)
+            error, fds, _, _ = socket.recv_fds(ours, 16, 1, socket.MSG_DONTWAIT | socket.MSG_CMSG_CLOEXEC)
+        if not fds:
+            number = int(error)
+            raise OSError(number, os.strerror(number), "proc of the job's pid namespace")
+        builder.keep(self.name, fds[0])
+
+    def _send_proc(self, channel: socket.socket) -> NoReturn:
+        """In the child: the mount, or the number of the error."""
+        try:
+            fd = linux.mount_filesystem("proc", self.options, self.attributes)
+            socket.send_fds(channel, [b"0"], [fd])
+        except OSError as error:
+            channel.send(str(error.errno).encode())
+        finally:
+            os._exit(0)
 
 
 @dataclass(frozen=True, slots=True)

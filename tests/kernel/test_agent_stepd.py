@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-from enclos.runtime import agent, errors
+from enclos.runtime import errors, stepd
 
 pytestmark = [pytest.mark.kernel, pytest.mark.skipif(os.geteuid() != 0, reason="needs root")]
 
@@ -32,11 +32,11 @@ def test_slurmstepd_with_a_users_effective_uid(tmp_path: Path) -> None:
     """As it is while it sets up its tasks."""
     with program(tmp_path / "slurmstepd-wlm", "os.setegid(61001); os.seteuid(61001)") as pid:
         assert os.stat(f"/proc/{pid}").st_uid == 61001
-        os.close(agent.open_stepd(pid))
+        os.close(stepd.open_stepd(pid))
 
 
 @pytest.mark.parametrize(("name", "code"), [("slurmstepd", "os.setuid(61001)"), ("sleep", "pass")])
 def test_others_are_refused(tmp_path: Path, name: str, code: str) -> None:
     """A user's program of that name, and another program of root's."""
     with program(tmp_path / name, code) as pid, pytest.raises(errors.EnclosError, match="is no slurmstepd"):
-        agent.open_stepd(pid)
+        stepd.open_stepd(pid)

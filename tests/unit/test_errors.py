@@ -33,6 +33,7 @@ SAMPLES: dict[str, tuple[object, ...]] = {
     "image_not_readable": (IMAGE,),
     "image_wrong_kind": ("/dev/null",),
     "image_has_mounts": ("/images/mpi",),
+    "slurm_user_namespace": ("/images/mpi.sqsh",),
     "not_squashfs": ("/images/notes.txt",),
     "image_sif_unusable": ("/home/usera/mpi.sif", "its root file system is ext3"),
     "image_truncated": (IMAGE, 81920, 4096),
