@@ -9,7 +9,7 @@ _enclos()
 	done
 	COMPREPLY=()
 	case $previous in
-	--container-device|--container-env|--container-image|--container-mounts|--container-network|--container-profile|--container-unshare|--container-workdir|--file|--gpus)
+	--authfile|--container-device|--container-env|--container-image|--container-mounts|--container-network|--container-profile|--container-unshare|--container-workdir|--file|--gpus|--unused)
 		return
 		;;
 	esac
@@ -23,14 +23,38 @@ _enclos()
 	"config validate"*)
 		words="--help"
 		;;
+	"image inspect"*)
+		words="--help --json"
+		;;
+	"image resolve"*)
+		words="--help --json --authfile"
+		;;
+	"image export"*)
+		words="--help --json"
+		;;
+	"image import"*)
+		words="--help --json"
+		;;
 	"profile show"*)
 		words="--help --json $(enclos profile ls 2>/dev/null | sed '1d; s/ .*//')"
 		;;
 	"config show"*)
 		words="--help --file --json"
 		;;
+	"image pull"*)
+		words="--help --json --authfile"
+		;;
 	"profile ls"*)
 		words="--help --json"
+		;;
+	"image ls"*)
+		words="--help --json"
+		;;
+	"image rm"*)
+		words="--help --json"
+		;;
+	"image gc"*)
+		words="--help --json --unused"
 		;;
 	"profile")
 		words="validate show options ls"
@@ -40,6 +64,9 @@ _enclos()
 		;;
 	"config")
 		words="show validate"
+		;;
+	"image")
+		words="pull ls inspect rm gc export import resolve"
 		;;
 	"check"*)
 		words="--help --json"
@@ -51,7 +78,7 @@ _enclos()
 		words="--help --json"
 		;;
 	"")
-		words="ps check gc render profile config --help --version --debug"
+		words="ps image check gc render profile config --help --version --debug"
 		;;
 	esac
 	mapfile -t COMPREPLY < <(compgen -W "$words" -- "$current")
