@@ -17,7 +17,7 @@ from vm import guest, kernels
 
 ROOT = Path(__file__).resolve().parents[2]
 # In a guest a feature that is missing is a failure, where the same test skips on the host.
-REQUIRE = {"ENCLOS_REQUIRE": "cgroup2"}
+REQUIRE = {"ENCLOS_REQUIRE": "cgroup2 rdma"}
 TESTS = ("tests/kernel", "tests/cluster")
 
 
