@@ -43,7 +43,7 @@ class Cache:
         """Make the directories, and remove what an import before this agent left unnamed. Raises OSError."""
         self.store.make()
         os.makedirs(self._verified, VERIFIED_MODE, exist_ok=True)
-        self._remove_unnamed()
+        self.remove_unnamed()
 
     # --- who may have what ------------------------------------------------------------------------------------
 
@@ -111,12 +111,12 @@ class Cache:
                 continue
             log.info("image=%s removed from the cache, to make room", record.digest)
             self.store.remove(record.digest)
-            self._remove_unnamed()
+            self.remove_unnamed()
 
     def remove(self, record: ImageRecord) -> None:
         """Remove an image that is damaged, with those of its parts that no other has."""
         self.store.remove(record.digest)
-        self._remove_unnamed()
+        self.remove_unnamed()
 
     def used_bytes(self) -> int:
         """What the files of the cache take on disk."""
@@ -141,7 +141,7 @@ class Cache:
                 found.add(os.path.basename(file.read().strip()).removesuffix(".sqsh"))
         return found
 
-    def _remove_unnamed(self) -> None:
+    def remove_unnamed(self) -> None:
         """Parts that no record names, records without their parts, and halves of records."""
         named = {part.key for record in self.records() for part in record.parts}
         for name in os.listdir(f"{self.store.directory}/parts"):

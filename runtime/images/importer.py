@@ -375,13 +375,22 @@ def job_convert(
             detail = f"its names need more than {order.memory} bytes of memory"
             protocol.send(channel, errors.image_too_large(order.image, detail, "imports.memory").fields())
         except PackFailed as error:
-            full = any(words in str(error) for words in ("No space left", "quota exceeded"))
+            full = _is_full(output_fd)
             failed = errors.store_full(order.image) if full else errors.import_failed(order.image, str(error))
             protocol.send(channel, failed.fields())
         else:
             protocol.send(channel, [("state", "packed")])
 
     return run
+
+
+def _is_full(fd: int) -> bool:
+    """Whether the disk or a quota was the reason: tar2sqfs only says "I/O error"."""
+    try:
+        os.pwrite(fd, bytes(1 << 20), os.fstat(fd).st_size)
+    except OSError as error:
+        return error.errno in (errno.ENOSPC, errno.EDQUOT)
+    return False
 
 
 def finish_part(store: Store, output_fd: int, key: str) -> tuple[int, str]:

@@ -195,6 +195,9 @@ class Imports:
             owned.close()
             del self._running[resolved.digest]
             self.cache.drop_parts(part.key for part in made)
+            if running.done.exception() is not None:
+                with contextlib.suppress(OSError):
+                    self.cache.remove_unnamed()
 
     async def _drive(
         self, running: _Running, want: Want, child: Child, resolved: _Resolved, made: list[Part]

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import base64
 import contextlib
 import json
 import os
 import socket
 import subprocess
 import time
+import urllib.request
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,10 +34,15 @@ class Registry:
         target = f"docker://{self.address}/{name}:{tag}"
         subprocess.run([*command, f"oci:{layout}:{layout_tag}", target], check=True, capture_output=True, timeout=60)
 
+    def put_manifest(self, name: str, tag: str, data: bytes, media_type: str) -> None:
+        """Store a manifest as it is; plain HTTP only."""
+        url = f"http://{self.address}/v2/{name}/manifests/{tag}"
+        request = urllib.request.Request(url, data, {"Content-Type": media_type}, method="PUT")
+        with urllib.request.urlopen(request, timeout=START_SECONDS):
+            pass
+
     def auth_json(self, password: str = PASSWORD) -> str:
         """What `skopeo login` writes."""
-        import base64
-
         text = base64.b64encode(f"{USER}:{password}".encode()).decode()
         return json.dumps({"auths": {self.address: {"auth": text}}})
 

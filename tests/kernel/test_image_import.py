@@ -2,19 +2,27 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
 import os
+import re
+import select
 import socket
 import subprocess
 import sys
+import tempfile
+import threading
+import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
 from enclos.runtime import protocol
+from enclos.runtime.images.importer import finish_part
 from enclos.runtime.images.layout import Store
 from enclos.runtime.images.order import Limits, Order, Packing
 from layers import Entry, layer, listing, umoci_unpack, write_layout
-from registries import Registry, make_insecure, serve
+from registries import PASSWORD, Registry, free_port, make_insecure, serve
 from test_image_merge import mounted
 
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="needs root")
@@ -43,6 +51,14 @@ def private(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Registry]:
         yield running
         (folder / "ca.crt").unlink()
         folder.rmdir()
+
+
+@pytest.fixture
+def home() -> Iterator[Path]:
+    """A folder that users can enter, which pytest's are not."""
+    with tempfile.TemporaryDirectory() as name:
+        os.chmod(name, 0o755)
+        yield Path(name)
 
 
 @pytest.fixture
@@ -90,6 +106,11 @@ class Import:
         if text := self.end():
             pytest.fail(text)
         return {}
+
+    def receive_or_look(self, seconds: float) -> Message:
+        """As `receive`, or {"state": ["look"]} when nothing has come for a while."""
+        ready, _, _ = select.select([self.channel], [], [], seconds)
+        return self.receive() if ready else {"state": ["look"]}
 
     def go(self, reuse: Sequence[str] = ()) -> None:
         protocol.send(self.channel, [("state", "build"), *(("part", key) for key in reuse)])
@@ -168,3 +189,319 @@ def test_an_image_arrives(registry: Registry, store: Store, tmp_path: Path, comp
         if compression != "zstd":  # umoci knows none.
             assert listing(root) == listing(umoci_unpack(tmp_path / "layout", tmp_path / "bundle"))
         assert (root / "top").read_bytes() == b"top\n" and not (root / "gone").exists()
+
+
+def test_a_changed_top_layer_is_imported_alone(registry: Registry, store: Store, tmp_path: Path) -> None:
+    """The part below it is taken from the cache, and its blobs are not even fetched."""
+    write_layout(tmp_path / "one", LAYERS)
+    registry.push(tmp_path / "one", "base")
+    first, _ = imported(f"docker://{registry.address}/base:t", store)
+    changed = [*LAYERS[:2], layer([Entry("top", data=b"another")])]
+    write_layout(tmp_path / "two", changed)
+    registry.push(tmp_path / "two", "base", "two")
+    sizes = [os.stat(store.part_path(key)).st_size for key in first]
+    lower = first[sizes.index(max(sizes))]
+    second, _ = imported(f"docker://{registry.address}/base:two", store, reuse=[lower])
+    assert len(second) == 1 and second[0] not in first
+    with mounted([Path(store.part_path(key)) for key in (lower, second[0])], tmp_path) as root:
+        assert (root / "top").read_bytes() == b"another" and (root / "gone").exists()
+
+
+def test_layers_that_need_those_below_are_merged_with_them(registry: Registry, store: Store, tmp_path: Path) -> None:
+    """A layer with a file in a directory that only the part below describes: its mode has to survive."""
+    layers = [
+        layer([Entry("tmp", "dir", mode=0o1777), Entry("lib", "symlink", target="usr/lib"), Entry("usr/lib", "dir")]),
+        layer([Entry("big", data=os.urandom(30 << 20))]),
+        layer([Entry("tmp/x"), Entry("lib/y")]),
+    ]
+    write_layout(tmp_path / "layout", layers)
+    registry.push(tmp_path / "layout", "needs")
+    keys, _ = imported(f"docker://{registry.address}/needs:t", store)
+    with mounted([Path(store.part_path(keys[-1]))], tmp_path) as root:
+        assert listing(root) == listing(umoci_unpack(tmp_path / "layout", tmp_path / "bundle"))
+        assert (root / "tmp").stat().st_mode & 0o7777 == 0o1777 and (root / "usr/lib/y").exists()
+
+
+def test_an_index_gives_the_image_of_this_machine(registry: Registry, store: Store, tmp_path: Path) -> None:
+    write_layout(tmp_path / "layout", LAYERS[:1])
+    registry.push(tmp_path / "layout", "multi")
+    for name, platform in (("multi", "amd64"), ("foreign", "sparc")):
+        manifest = json.loads((tmp_path / "layout/index.json").read_text())["manifests"][0]
+        manifest.pop("annotations")
+        entry = manifest | {"platform": {"os": "linux", "architecture": platform}}
+        media_type = "application/vnd.oci.image.index.v1+json"
+        index = {"schemaVersion": 2, "mediaType": media_type, "manifests": [entry]}
+        registry.put_manifest("multi", name, json.dumps(index).encode(), media_type)
+    keys, _ = imported(f"docker://{registry.address}/multi:multi", store)
+    assert len(keys) == 1
+    said = Import(f"docker://{registry.address}/multi:foreign", store).error()
+    assert said == "image is not for this kind of node (no image for linux/amd64, only for linux/sparc)"
+
+
+BAD_LAYERS = {
+    "dots": (layer([Entry("../etc/passwd")]), "the member ../etc/passwd has '..' in its path"),
+    "absolute": (layer([Entry("/etc/passwd")]), "the member /etc/passwd has an absolute path"),
+    "escape": (
+        layer([Entry("a", "symlink", target="../.."), Entry("a/etc/passwd")]),
+        "a member that leads out of the image through a symlink (a/etc)",
+    ),
+    "text": (b"hello world" * 1000, "no tar archive: no header of a member at byte 0"),
+    "cut": (layer([Entry("f", data=b"x" * 5000)])[:2000], "no tar archive: it ends in the middle of a file"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_LAYERS)
+def test_a_bad_layer(registry: Registry, store: Store, tmp_path: Path, name: str) -> None:
+    data, words = BAD_LAYERS[name]
+    write_layout(tmp_path / "layout", [data])
+    registry.push(tmp_path / "layout", f"bad-{name}")
+    said = Import(f"docker://{registry.address}/bad-{name}:t", store).error()
+    assert re.match(r"layer [0-9a-f]{12} of the image is not usable \(", said) and words in said
+    assert left(store) == {"images": [], "parts": [], "work": []}
+
+
+def test_limits_of_the_site(registry: Registry, store: Store, tmp_path: Path) -> None:
+    write_layout(tmp_path / "bomb", [layer([Entry("zeros", data=bytes(100 << 20))])])
+    write_layout(tmp_path / "files", [layer([Entry(f"f{number}") for number in range(2000)])])
+    registry.push(tmp_path / "bomb", "bomb")
+    registry.push(tmp_path / "files", "files")
+    small = Limits(1000, 10 << 20)
+    said = Import(f"docker://{registry.address}/bomb:t", store, limits=small).error()
+    assert said == "image is larger than the site allows (more than 10485760 bytes unpacked)"
+    said = Import(f"docker://{registry.address}/files:t", store, limits=small).error()
+    assert said == "image is larger than the site allows (more than 1000 files)"
+    said = Import(f"docker://{registry.address}/bomb:t", store, limits=Limits(1000, 1000)).error()
+    assert re.fullmatch(r"image is larger than the site allows \(\d+ bytes to download\)", said)
+    assert left(store) == {"images": [], "parts": [], "work": []}
+
+
+def test_what_registries_answer(
+    registry: Registry, private: Registry, store: Store, tmp_path: Path, home: Path
+) -> None:
+    write_layout(tmp_path / "layout", LAYERS[:1])
+    registry.push(tmp_path / "layout", "there")
+    private.push(tmp_path / "layout", "secret")
+    (home / "wrong.json").write_text(private.auth_json("wrong"))
+    address, port = registry.address, free_port()
+    no_image = f"image not found (the registry {address} has no such name or tag)"
+    refused = f"not allowed to pull the image (the registry {private.address} refuses)"
+    answers = {
+        f"docker://{address}/nothing:t": no_image,
+        f"docker://{address}/there:nothing": no_image,
+        f"docker://{address}/there@sha256:{'0' * 64}": no_image,
+        f"docker://{private.address}/secret:t": refused,
+        f"docker://127.0.0.1:{port}/x:t": f"cannot reach the registry 127.0.0.1:{port} (connection refused)",
+        "docker://nowhere.invalid/x:t": "no such registry: nowhere.invalid (its name has no address)",
+    }
+    assert {image: Import(image, store).error() for image in answers} == answers
+    wrong = Import(f"docker://{private.address}/secret:t", store, auth_files=(str(home / "wrong.json"),))
+    assert wrong.error() == refused
+    assert left(store) == {"images": [], "parts": [], "work": []}
+
+
+def test_a_registry_whose_certificate_nobody_trusts(store: Store, tmp_path: Path) -> None:
+    with serve(tmp_path / "untrusted", tls=True) as untrusted:
+        said = Import(f"docker://{untrusted.address}/x:t", store).error()
+    assert said.startswith(f"no secure connection to the registry {untrusted.address} (x509: ")
+    with serve(tmp_path / "plain") as plain:
+        said = Import(f"docker://{plain.address}/x:t", store).error()
+    assert said.startswith(f"no secure connection to the registry {plain.address} (")
+
+
+def test_credentials_of_the_user(private: Registry, store: Store, tmp_path: Path, home: Path) -> None:
+    """Of his auth.json or enroot's file, opened as him: another's file is none, though root could read it."""
+    write_layout(tmp_path / "layout", LAYERS[:1])
+    private.push(tmp_path / "layout", "secret")
+    image = f"docker://{private.address}/secret:t"
+    mine, theirs, netrc = home / "mine.json", home / "theirs.json", home / "netrc"
+    login = f"machine 127.0.0.1 login alice password {PASSWORD}\n"
+    for path, owner in ((mine, USER), (theirs, USER + 1), (netrc, USER)):
+        path.write_text(login if path == netrc else private.auth_json())
+        os.chown(path, owner, owner)
+        path.chmod(0o600)
+    assert "not allowed" in Import(image, store, auth_files=(str(theirs),)).error()
+    _, message = imported(image, store, auth_files=(str(theirs), str(mine)))
+    assert message["state"] == ["done"]
+    imported(image, store, netrc_files=(str(netrc),))
+
+
+def test_what_a_look_at_the_importer_shows(private: Registry, store: Store, tmp_path: Path, home: Path) -> None:
+    """While it waits: no password in any process's arguments or environment; the sandboxes have no rights."""
+    write_layout(tmp_path / "layout", LAYERS)
+    private.push(tmp_path / "layout", "looked-at")
+    auth = home / "auth.json"
+    auth.write_text(private.auth_json())
+    os.chown(auth, USER, USER)
+    auth.chmod(0o600)
+    running = Import(f"docker://{private.address}/looked-at:t", store, auth_files=(str(auth),))
+    secret = json.loads(private.auth_json())["auths"][private.address]["auth"].encode()
+    seen: dict[str, dict[str, str]] = {}
+    looked_at = 0
+    while message := running.receive_or_look(0.002):
+        if message == {"state": ["look"]}:
+            for pid, status in below(running.process.pid):
+                with contextlib.suppress(OSError):
+                    texts = [Path(f"/proc/{pid}/{name}").read_bytes() for name in ("cmdline", "environ")]
+                    assert not any(secret in text or PASSWORD.encode() in text for text in texts)
+                    looked_at += 1
+                if status.get("Uid", "").split()[:1] == [str(SLOT)]:
+                    seen[status["Name"]] = status
+        elif message["state"] == ["resolved"]:
+            running.go()
+        elif message["state"] == ["error"]:
+            pytest.fail(str(message))
+    assert looked_at and seen, "nothing was seen of it"
+    for status in seen.values():
+        assert status["Uid"].split() == [str(SLOT)] * 4 and status["Groups"] == ""
+        assert {status[name] for name in ("CapPrm", "CapEff", "CapBnd", "CapAmb")} == {"0" * 16}
+        assert status["NoNewPrivs"] == "1" and len(status["NSpid"].split()) == 2
+
+
+def test_a_killed_import_leaves_nothing_but_layers_and_resumes(
+    registry: Registry, store: Store, tmp_path: Path
+) -> None:
+    write_layout(tmp_path / "layout", LAYERS)
+    registry.push(tmp_path / "layout", "resumes")
+    image = f"docker://{registry.address}/resumes:t"
+    running = Import(image, store)
+    running.receive()
+    running.go()
+    assert running.receive()["state"] == ["part"]
+    children = [pid for pid, _ in below(running.process.pid)]
+    running.process.kill()
+    running.process.wait()
+    deadline = time.monotonic() + 10
+    while any(os.path.exists(f"/proc/{pid}") for pid in children):
+        assert time.monotonic() < deadline, "a sandbox survived its importer"
+        time.sleep(0.01)
+    (work,) = left(store)["work"]
+    blobs = f"{store.directory}/work/{work}/blobs/sha256"
+    # Manifest and configuration are written anew each time.
+    manifest = json.loads(Path(tmp_path, "layout/index.json").read_text())["manifests"][0]["digest"][7:]
+    described = json.loads(Path(tmp_path, "layout/blobs/sha256", manifest).read_text())["layers"]
+    kept = sorted({row["digest"][7:] for row in described} & set(os.listdir(blobs)))
+    assert kept, "no layer was there yet"
+    before = {name: os.stat(f"{blobs}/{name}").st_ino for name in kept}
+    (Path(blobs) / kept[0]).write_bytes(b"cut by a power cut")
+    again = Import(image, store)
+    again.receive()
+    again.go()
+    while message := again.receive():
+        if message["state"] == ["part"] and os.path.exists(blobs):
+            after = {name: os.stat(f"{blobs}/{name}").st_ino for name in os.listdir(blobs)}
+            assert {name: after.get(name) for name in kept[1:]} == {name: before[name] for name in kept[1:]}
+        last = message
+    assert last["state"] == ["done"], last
+    assert left(store)["work"] == []
+
+
+def test_a_full_disk(registry: Registry, tmp_path: Path) -> None:
+    write_layout(tmp_path / "layout", LAYERS)
+    registry.push(tmp_path / "layout", "full")
+    small = tmp_path / "small"
+    small.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=45m,mode=755", "tmpfs", str(small)], check=True)
+    try:
+        store = Store(str(small / "store"))
+        store.make()
+        said = Import(f"docker://{registry.address}/full:t", store).error()
+        assert said == "no space left for images (disk or quota is full)"
+        assert left(store)["work"] == []
+        subprocess.run(["mount", "-o", "remount,ro", str(small)], check=True)
+        said = Import(f"docker://{registry.address}/full:t", store).error()
+        assert said == f"cannot write to the image cache {store.directory} (read-only file system)"
+    finally:
+        subprocess.run(["umount", str(small)], check=True)
+
+
+def test_a_connection_that_ends_midway(store: Store, tmp_path: Path) -> None:
+    """A proxy that stops in the middle of the large layer; the other layer is there and stays."""
+    with serve(tmp_path / "behind") as behind:
+        write_layout(tmp_path / "layout", LAYERS[:2], compression="")
+        behind.push(tmp_path / "layout", "midway")
+        with cut_after(behind.address, 5 << 20) as address:
+            conf = Path(f"/etc/containers/registries.conf.d/enclos-test-cut-{os.getpid()}.conf")
+            conf.write_text(f'[[registry]]\nlocation = "{address}"\ninsecure = true\n')
+            try:
+                said = Import(f"docker://{address}/midway:t", store).error()
+            finally:
+                conf.unlink()
+    assert said == f"lost the connection to the registry {address} ()"
+    assert left(store)["parts"] == [] and left(store)["images"] == []
+    for work in left(store)["work"]:
+        names = os.listdir(f"{store.directory}/work/{work}")
+        assert not [name for name in names if name.startswith("oci-put-blob")], "half a layer was left"
+
+
+def test_a_blob_that_its_registry_has_damaged(store: Store, tmp_path: Path) -> None:
+    with serve(tmp_path / "damaged") as damaged:
+        conf = Path(f"/etc/containers/registries.conf.d/enclos-test-damaged-{os.getpid()}.conf")
+        make_insecure([damaged], conf)
+        try:
+            write_layout(tmp_path / "layout", LAYERS[:1])
+            damaged.push(tmp_path / "layout", "damaged")
+            digest = json.loads((tmp_path / "layout/index.json").read_text())["manifests"][0]["digest"]
+            manifest = json.loads((tmp_path / "layout/blobs/sha256" / digest[7:]).read_text())
+            blob = manifest["layers"][0]["digest"][7:]
+            (path,) = (tmp_path / "damaged/data").rglob(f"{blob}/data")
+            data = bytearray(path.read_bytes())
+            data[-20] ^= 1
+            path.write_bytes(data)
+            said = Import(f"docker://{damaged.address}/damaged:t", store).error()
+        finally:
+            conf.unlink()
+    assert said.startswith("image does not match its digest")
+    assert left(store) == {"images": [], "parts": [], "work": []}
+
+
+def test_a_part_that_somebody_writes_to_is_not_taken(store: Store) -> None:
+    fd = store.part_file()
+    os.write(fd, b"hsqs")
+    writer = os.open(f"/proc/self/fd/{fd}", os.O_WRONLY)
+    with pytest.raises(BlockingIOError):
+        finish_part(store, fd, "ab" * 32)
+    assert left(store)["parts"] == []
+    os.close(writer)
+    os.close(fd)
+
+
+def below(pid: int) -> Iterator[tuple[int, dict[str, str]]]:
+    """All processes below one, with what /proc says of each."""
+    for child in (int(name) for name in os.listdir("/proc") if name.isdigit()):
+        with contextlib.suppress(OSError):
+            text = Path(f"/proc/{child}/status").read_text()
+            status = {key: value.strip() for key, _, value in (line.partition(":") for line in text.splitlines())}
+            parent = int(status["PPid"])
+            while parent not in (0, 1, pid):
+                found = re.search(r"^PPid:\s*(\d+)", Path(f"/proc/{parent}/status").read_text(), re.MULTILINE)
+                parent = int(found[1]) if found else 0
+            if parent == pid:
+                yield child, status
+
+
+@contextlib.contextmanager
+def cut_after(address: str, limit: int) -> Iterator[str]:
+    """A proxy in front of a registry that ends a connection when so many bytes have come back over it."""
+    host, port = address.split(":")
+    server = socket.create_server(("127.0.0.1", 0))
+
+    def carry(source: socket.socket, target: socket.socket, most: int) -> None:
+        with contextlib.suppress(OSError):
+            while most > 0 and (data := source.recv(min(65536, most))):
+                target.sendall(data)
+                most -= len(data)
+        for end in (source, target):
+            with contextlib.suppress(OSError):
+                end.shutdown(socket.SHUT_RDWR)
+
+    def accept() -> None:
+        with contextlib.suppress(OSError):
+            while True:
+                client, _ = server.accept()
+                upstream = socket.create_connection((host, int(port)))
+                for ends in ((client, upstream, 1 << 40), (upstream, client, limit)):
+                    threading.Thread(target=carry, args=ends, daemon=True).start()
+
+    threading.Thread(target=accept, daemon=True).start()
+    yield f"127.0.0.1:{server.getsockname()[1]}"
+    server.close()
