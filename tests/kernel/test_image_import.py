@@ -360,7 +360,7 @@ def test_what_a_look_at_the_importer_shows(private: Registry, store: Store, tmp_
 def test_a_killed_import_leaves_nothing_but_layers_and_resumes(
     registry: Registry, store: Store, tmp_path: Path
 ) -> None:
-    write_layout(tmp_path / "layout", LAYERS)
+    write_layout(tmp_path / "layout", [*LAYERS, layer([Entry("own", data=os.urandom(30 << 20))])])
     registry.push(tmp_path / "layout", "resumes")
     image = f"docker://{registry.address}/resumes:t"
     running = Import(image, store)
@@ -381,17 +381,12 @@ def test_a_killed_import_leaves_nothing_but_layers_and_resumes(
     described = json.loads(Path(tmp_path, "layout/blobs/sha256", manifest).read_text())["layers"]
     kept = sorted({row["digest"][7:] for row in described} & set(os.listdir(blobs)))
     assert kept, "no layer was there yet"
-    before = {name: os.stat(f"{blobs}/{name}").st_ino for name in kept}
-    (Path(blobs) / kept[0]).write_bytes(b"cut by a power cut")
-    again = Import(image, store)
-    again.receive()
-    again.go()
-    while message := again.receive():
-        if message["state"] == ["part"] and os.path.exists(blobs):
-            after = {name: os.stat(f"{blobs}/{name}").st_ino for name in os.listdir(blobs)}
-            assert {name: after.get(name) for name in kept[1:]} == {name: before[name] for name in kept[1:]}
-        last = message
-    assert last["state"] == ["done"], last
+    # One was cut by a power cut, and is fetched again. The others are gone from the registry, which is not asked.
+    (Path(blobs) / kept[0]).write_bytes(b"cut")
+    for name in kept[1:]:
+        (path,) = (registry.folder / "data").rglob(f"{name}/data")
+        path.unlink()
+    imported(image, store)
     assert left(store)["work"] == []
 
 
