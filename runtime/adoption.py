@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import logging
 import os
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from typing import Any
 
 from enclos.runtime import stepd
 from enclos.runtime.agent import Agent
 from enclos.runtime.errors import EnclosError
+from enclos.runtime.images.served import ServedImage
 from enclos.runtime.members import Identity, identity, members, open_ancestor
 from enclos.runtime.steps import AdoptedStep, start_time
 
@@ -25,10 +27,12 @@ log = logging.getLogger("enclosd")
 def adopt(agent: Agent) -> None:
     """Take over the running steps and their jobs' networks; end steps whose slurmstepd is gone."""
     around = agent.around
+    around.named.adopt_all()
     networks: dict[int, int] = {}
+    served: dict[tuple[int, int], ServedImage] = {}
     for name, record in around.journal.read("step"):
         try:
-            step = _adopt_step(agent, record, networks)
+            step = _adopt_step(agent, record, networks, served)
         except DAMAGED as error:
             log.warning("journal record %s is damaged (%r), ignoring", name, error)
             step = None
@@ -36,6 +40,9 @@ def adopt(agent: Agent) -> None:
             around.journal.remove(name)
         if step is not None:
             agent.watch(step)
+            if (user_fd := step.user_namespace()) >= 0:
+                step.share(user_fd)
+            around.named.rejoin(step, str(step.record.get("named", "")))
             log.info("step=%s adopted", step.name)
     for name, record in around.journal.read("job"):
         try:
@@ -48,7 +55,12 @@ def adopt(agent: Agent) -> None:
         os.close(fd)
 
 
-def _adopt_step(agent: Agent, record: dict[str, Any], networks: dict[int, int]) -> AdoptedStep | None:
+def _adopt_step(
+    agent: Agent,
+    record: dict[str, Any],
+    networks: dict[int, int],
+    served: dict[tuple[int, int], ServedImage],
+) -> AdoptedStep | None:
     """A step from its record; None for one that no task has joined: whoever still wants it sends a JOIN.
 
     With its slurmstepd gone its pidfd is one of a process that has ended, so that its end is the same as any other's.
@@ -57,15 +69,17 @@ def _adopt_step(agent: Agent, record: dict[str, Any], networks: dict[int, int]) 
     if record["state"] != "running" or min(numbers) < 0:
         return None
     job, network, started = int(record["job"]), str(record["network"]), float(record["started"])
-    namespace, netns = _identity(record["namespace"]), _identity(record["netns"])
+    wanted = {kind: _identity(pair) for kind, pair in record["namespaces"].items()}
+    netns = _identity(record["netns"])
     record |= {"job": job, "step": int(record["step"]), "network": network, "started": started}
-    namespace_fd, net_fd = _find(namespace, netns if network == "job" and job not in networks else None)
-    if net_fd >= 0:
-        networks[job] = net_fd
-    return AdoptedStep(agent.around, record, [_stepd(record), *_server(record)], namespace_fd)
+    found = _find(wanted | ({"net": netns} if netns is not None else {}))
+    net_fd = found.pop("net", -1)
+    if net_fd >= 0 and network == "job" and job not in networks:
+        networks[job] = os.dup(net_fd)
+    return AdoptedStep(agent.around, record, _stepd(record), found, net_fd, _served(record, served))
 
 
-def _identity(pair: list[int] | None) -> Identity | None:
+def _identity(pair: Sequence[int] | None) -> Identity | None:
     if pair is None:
         return None
     device, inode = pair
@@ -85,20 +99,23 @@ def _stepd(record: dict[str, Any]) -> int:
     return ended_process()
 
 
-def _server(record: dict[str, Any]) -> list[int]:
-    """The pidfd of the squashfuse that serves the step's image, if there is one and it still runs."""
+def _served(record: dict[str, Any], found: dict[tuple[int, int], ServedImage]) -> ServedImage | None:
+    """A share of the squashfuse that serves the step's image, if there is one and it still runs."""
     if record.get("server") is None:
-        return []
+        return None
     pid, started = (int(number) for number in record["server"])
+    if (pid, started) in found:
+        return found[pid, started].share()
     try:
         fd = os.pidfd_open(pid)
     except (OSError, OverflowError):
-        return []
+        return None
     with suppress(OSError):
         if start_time(pid) == started:
-            return [fd]
+            found[pid, started] = ServedImage(fd, (pid, started))
+            return found[pid, started]
     os.close(fd)
-    return []
+    return None
 
 
 def ended_process() -> int:
@@ -109,21 +126,25 @@ def ended_process() -> int:
     return fd
 
 
-def _find(namespace: Identity | None, netns: Identity | None) -> tuple[int, int]:
-    """Descriptors of a container's user namespace and of its network, from its processes; -1 where there is none.
+def _find(wanted: Mapping[str, Identity | None]) -> dict[str, int]:
+    """Descriptors of a container's namespaces by their names, from its processes, as far as they are found.
 
-    The network has to be the recorded one: its user may have sent a process into the container that still is in
-    the node's network, or in another.
+    Each has to be the recorded one: the container's user may have sent a process into it that still is in the node's
+    network, or has made namespaces of its own.
     """
-    namespace_fd = net_fd = -1
-    if namespace is None:
-        return namespace_fd, net_fd
-    for pid in members(namespace):
-        if namespace_fd < 0:
-            namespace_fd = open_ancestor(pid, namespace)
-        if netns is not None and net_fd < 0:
-            net_fd = _open_if(f"/proc/{pid}/ns/net", netns)
-    return namespace_fd, net_fd
+    found: dict[str, int] = {}
+    user = wanted.get("user")
+    if user is None:
+        return found
+    for pid in members(user):
+        for kind, identity_wanted in wanted.items():
+            if kind in found or identity_wanted is None:
+                continue
+            path = f"/proc/{pid}/ns/{kind}"
+            fd = open_ancestor(pid, user) if kind == "user" else _open_if(path, identity_wanted)
+            if fd >= 0:
+                found[kind] = fd
+    return found
 
 
 def _open_if(path: str, wanted: Identity) -> int:

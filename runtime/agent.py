@@ -41,6 +41,9 @@ COLLECT_STEPS = 32
 # The next builder is forked ahead when a step has ended, or this long after the last one began: its tasks have started.
 SPARE_SECONDS = 1.0
 
+# Less than a visitor may be silent (visitors.py).
+REMOVAL_SECONDS = 8.0
+
 # Parts of the reply to JOIN, in the order in which the shim needs them.
 DESCRIPTOR_ORDER = ("net", "user", "mnt", "ipc", "uts", "seccomp", "entrypoint")
 
@@ -56,6 +59,7 @@ class Agent:
         self._steps: dict[tuple[int, int], Step] = {}
         self._watchers: set[asyncio.Task[None]] = set()
         self._spare_order: asyncio.TimerHandle | None = None
+        around.named.find_step = lambda job, step: self._steps.get((job, step))
 
     # --- the shim ---------------------------------------------------------------------------------------------
 
@@ -236,6 +240,8 @@ class Agent:
                     return [("status", "ok"), ("json", json.dumps(self._describe()))]
                 case "gc" if uid == 0:
                     return [("status", "ok"), ("json", json.dumps(await self.reconcile() or []))]
+                case "rm":
+                    return [("status", "ok"), ("json", str(await self._remove_named(uid, message.get("name"))))]
                 case "gc":
                     raise errors.only_root("gc")
                 case verb:
@@ -244,6 +250,11 @@ class Agent:
             return self._refusal(error)
         except (protocol.ProtocolError, ValueError) as error:
             return self._refusal(errors.bad_request(str(error)))
+
+    async def _remove_named(self, uid: int, name: str) -> int:
+        """In the time that a visitor is given: what takes longer goes on, and he may ask again."""
+        removing = asyncio.ensure_future(self.around.named.remove(uid, name))
+        return await asyncio.wait_for(asyncio.shield(removing), REMOVAL_SECONDS)
 
     def _page(self, uid: int, after: str) -> list[tuple[str, str]]:
         """The containers that this user may know of, his own or for root all: as many as fit into a packet.

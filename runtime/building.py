@@ -11,21 +11,25 @@ import contextlib
 import logging
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from enclos.netns import facts, namespace, relay
 from enclos.runtime import cgroup, environment, errors, linux, plan, policy, seccomp, stepd
 from enclos.runtime.connection import wait_readable
-from enclos.runtime.container import Container, clone_directories
+from enclos.runtime.container import Container, Lent, clone_directories
 from enclos.runtime.devices import choice
 from enclos.runtime.idmap import container_maps
 from enclos.runtime.images.imports import want_of
 from enclos.runtime.images.layout import ImageRecord
 from enclos.runtime.images.reference import BadReference, NoRegistry
 from enclos.runtime.images.reference import parse as parse_reference
+from enclos.runtime.images.served import ServedImage
 from enclos.runtime.jobs import word
 from enclos.runtime.members import identity
+from enclos.runtime.named import Turn
+from enclos.runtime.protocol import ProtocolError
 from enclos.runtime.request import StepRequest
 from enclos.runtime.spawner import Child, ChildDied
 from enclos.runtime.steps import JoinReply, Step, Surroundings, start_time
@@ -60,6 +64,9 @@ class NodeStep(Step):
     def __init__(self, around: Surroundings, request: StepRequest, stepd_pidfd: int) -> None:
         super().__init__(around, _record(request), stepd_pidfd)
         self.request = request
+        # With the image that a named container was created from.
+        self._settled = request
+        self._turn: Turn | None = None
         self.network = ""
         self.addresses: tuple[str, str] = ("", "")
         self._begin = time.perf_counter()
@@ -78,10 +85,12 @@ class NodeStep(Step):
         self._image: ImageRecord | None = None
         self.ready: asyncio.Task[JoinReply] | None = None
         self._early: asyncio.Task[None] | None = None
+        self._has_turn = asyncio.Event()
 
     def prepare(self) -> None:
         """Begin to build; errors wait for the first join."""
-        if self._importing is None and not self.request.image_path():
+        self._settled = self.request
+        if self._importing is None and not (self.request.name or self.request.image_path()):
             self._importing = asyncio.create_task(self._import())
             self._importing.add_done_callback(_retrieve)
         self._early = asyncio.create_task(self._build_early())
@@ -128,12 +137,13 @@ class NodeStep(Step):
             self._early.cancel()
             await asyncio.wait([self._early])
             self._early = None
+            self._abandon()
 
     # --- the image --------------------------------------------------------------------------------------------
 
     async def _import(self) -> ImageRecord:
         """Get an image of a registry into the node's cache; without the deadline of a build."""
-        wanted = self.request
+        wanted = self._settled
         config = self._around.config
         policy.decide(wanted, config)
         try:
@@ -144,7 +154,8 @@ class NodeStep(Step):
             raise errors.bad_image_reference(wanted.image, str(error)) from error
         if not reference.is_registry:
             raise errors.bad_image_reference(wanted.image, "archives and layouts are not imported on nodes yet")
-        digest = reference.digest or wanted.image_digest()
+        kept = self._turn.named.image_key if self._turn is not None and self._turn.named is not None else ""
+        digest = kept or reference.digest or wanted.image_digest()
         ids = (wanted.uid, wanted.gid, wanted.groups)
         want = want_of(reference, digest, ids, wanted.home, wanted.auth_file, wanted.runtime_directory)
         record = await self._around.imports.obtain(want, self._tell)
@@ -174,10 +185,30 @@ class NodeStep(Step):
 
     async def _build_early(self) -> None:
         """Decide, then build up to the point where the first task is needed."""
-        config = self._around.config
         self._notices.clear()
-        self._decision = decision = policy.decide(self.request, config)
+        self._decision = policy.decide(self.request, self._around.config)
+        self._settled = self.request
+        if self.request.name:
+            self._turn = await self._around.named.take_turn(self.request)
+            self.record["named"] = self._turn.named.ident if self._turn.named is not None else ""
+        try:
+            await self._settle_image()
+            self._has_turn.set()
+            if self._turn is not None and self._turn.running is not None:
+                await self._enter(self._turn.running)
+            else:
+                await self._build()
+        except BaseException:
+            self._abandon()
+            raise
+        self._write_record()
+
+    async def _build(self) -> None:
+        """A container of the step's own, perhaps on files that are kept."""
+        assert self._decision is not None
+        config, decision = self._around.config, self._decision
         self.network = decision.network
+        kept = self._kept()
         stepd_pid = self.request.stepd
         pid_namespace_of = stepd_pid if stepd.own_namespaces(stepd_pid, self.request.image) else 0
         maps = container_maps(self.request.uid, self.request.gid, self.request.groups, decision.remap_root)
@@ -191,20 +222,97 @@ class NodeStep(Step):
             devices = await self._around.devices.select(self.request)
             cgroup_path, leader = self.record["cgroup"], self._het_leader()
             node = plan.NodeFacts(self._around.stage, cgroup_path, slurm, devices, leader, pid_namespace_of)
-            early = plan.make(self.request, decision, config, maps, node, await self._cached_image())
-            self.container = Container(self._around.spawner, self._around.images)
+            image = await self._cached_image()
+            early = plan.make(self._settled, decision, config, maps, node, image, kept)
+            self.container = self._new_container(self._turn.beside if self._turn is not None else None)
             self._write_record()
-            await self.container.build(early, lambda: self._network_descriptors(network))
+            await self.container.build(early, lambda: self._network_descriptors(network), self._lent())
             await network
-            self.record["devices"] = self.container.devices
+            self.record |= {"devices": self.container.devices, "gpus": self.container.gpus}
+            if self._turn is not None and self._turn.beside is not None:
+                self.container.environment = list(self._turn.beside.record["environment"])
             self._mark("built")
         except BaseException:
             network.cancel()
             with contextlib.suppress(BaseException):
                 await network
-            self._abandon()
             raise
+
+    # --- named containers -------------------------------------------------------------------------------------
+
+    async def _settle_image(self) -> None:
+        """The image of a named container is the one that it was created from; one of a registry is got only now."""
+        if self._turn is None or self._turn.named is None or self._turn.running is not None:
+            return
+        self._settled = replace(self.request, image=self._turn.named.image)
+        self.record["image"] = self._settled.image
+        self._release_image()
+        self._importing = None
+        if self._turn.beside is None and not self._settled.image_path():
+            self._importing = asyncio.create_task(self._import())
+            self._importing.add_done_callback(_retrieve)
+            await asyncio.shield(self._importing)
+
+    def _kept(self) -> plan.Kept | None:
+        """What the root of a named container is made of."""
+        if self._turn is None or self._turn.named is None:
+            return None
+        named, containers = self._turn.named, self._around.named
+        beside = self._turn.beside is not None
+        return plan.Kept(containers.path(named), containers.backing(named.ident), named.image_key, beside)
+
+    def _lent(self) -> dict[str, Lent]:
+        if self._turn is None:
+            return {}
+        lent: dict[str, Lent] = {"node": {"mnt": self._around.named.node_mounts_fd}}
+        if self._turn.beside is not None:
+            lent["beside"] = {"mnt": self._turn.beside.namespaces()["mnt"]}
+        return lent
+
+    async def _enter(self, other: Step) -> None:
+        """Into the container of another step of the user's: its namespaces, network and identity."""
+        assert self._decision is not None
+        self._agree_with(other)
+        # From now on: the other step may end at any moment, and what is in its container with it.
+        self.share(other.namespaces()["user"])
+        self.network = other.record["network"]
+        self.addresses = other.record["ipv4"], other.record["ipv6"]
+        if other.network_namespace() >= 0:
+            self._net_fd = os.dup(other.network_namespace())
+        self.record |= {key: other.record[key] for key in ("image", "devices", "gpus")}
+        self.record["cgroup"] = cgroup.step_cgroup(self.request.stepd)
+        self.container = self._new_container(other)
+        self.container.gpus = list(other.record["gpus"])
         self._write_record()
+        early = plan.enter(self.request)
+        await self.container.build(early, self._no_network, {"container": other.namespaces()})
+        self.container.environment = list(other.record["environment"])
+        self._mark("entered")
+
+    def _new_container(self, other: Step | None) -> Container:
+        """On the files of another step's, perhaps: then the image is served as long as either is there."""
+        container = Container(self._around.spawner, self._around.images)
+        if other is not None and (served := other.served_image()) is not None:
+            container.served = served.share()
+        return container
+
+    async def _no_network(self) -> list[int]:
+        raise ProtocolError("a builder that enters a container wants a network")
+
+    def _agree_with(self, other: Step) -> None:
+        """Where the step asks for something else than the running container has: a notice, or an error."""
+        request, running = self.request, other.record
+        if request.network and self.request.network != running["network"]:
+            raise errors.named_other_network(request.name, running["network"], request.network)
+        ignored = ["mounts"] if request.mounts else []
+        flags = {"remap-root": "remap_root", "mount-home": "mount_home", "writable": "writable"}
+        for option, key in flags.items():
+            asked = getattr(request, key)
+            if asked is not None and asked != running[key]:
+                ignored.append(option)
+        self._notices += [f"ignoring --container-{name} when attaching to a running container" for name in ignored]
+        assert self._decision is not None
+        self._decision = replace(self._decision, **{key: running[key] for key in flags.values()})
 
     def _het_leader(self) -> int:
         """As the prolog told it; 0 for a job that is no part of a het job."""
@@ -246,10 +354,13 @@ class NodeStep(Step):
                     if self._early is None:
                         await self._around.spawner.ready()
                         self.prepare()
+                # However long another step takes to make the container of that name: it has a deadline of its own.
+                await self._await_turn()
+                async with asyncio.timeout(deadline):
                     assert self._early is not None
                     await self._early
                     await self._build_late()
-                self._set_state("running")
+                self._become_joinable()
                 self._log_ready(attempt)
                 return self._make_reply()
             except (ChildDied, TimeoutError) as error:
@@ -269,6 +380,25 @@ class NodeStep(Step):
         self._fail()
         raise failure
 
+    async def _await_turn(self) -> None:
+        """Until the early part has begun to build, or has failed before."""
+        assert self._early is not None
+        turn = asyncio.create_task(self._has_turn.wait())
+        await asyncio.wait([turn, self._early], return_when=asyncio.FIRST_COMPLETED)
+        turn.cancel()
+
+    def _become_joinable(self) -> None:
+        """The container is whole: also other steps may enter it now."""
+        assert self.container is not None and self._decision is not None
+        decision = self._decision
+        self.record |= {key: getattr(decision, key) for key in ("remap_root", "mount_home", "writable")}
+        self.record["environment"] = self.container.environment
+        self._set_state("running")
+        self.share(self.container.namespaces["user"])
+        if self._turn is not None:
+            self._around.named.built(self._turn, self, self.container.image_key or str(self.record.get("digest", "")))
+            self._turn = None
+
     def _fail(self) -> None:
         self._abandon()
         with contextlib.suppress(errors.EnclosError):  # /run is full: perhaps that is why it failed.
@@ -282,7 +412,11 @@ class NodeStep(Step):
         try:
             clones = clone_directories(plan.slurm_directories(request, self._het_leader()))
             try:
-                await self.container.finish(plan.late(request, self._decision, list(clones)), clones)
+                if self._turn is not None and self._turn.running is not None:
+                    late = plan.late_entered(request, list(clones))
+                else:
+                    late = plan.late(request, self._decision, list(clones))
+                await self.container.finish(late, clones)
             finally:
                 for fd in clones.values():
                     os.close(fd)
@@ -385,8 +519,14 @@ class NodeStep(Step):
 
     # --- the end ----------------------------------------------------------------------------------------------
 
-    def user_namespace(self) -> int:
-        return self.container.namespaces.get("user", -1) if self.container is not None else -1
+    def namespaces(self) -> Mapping[str, int]:
+        return self.container.namespaces if self.container is not None else {}
+
+    def served_image(self) -> ServedImage | None:
+        return self.container.served if self.container is not None else None
+
+    def network_namespace(self) -> int:
+        return self._net_fd
 
     async def release(self) -> None:
         for task in (self._early, self.ready, self._importing):
@@ -400,6 +540,7 @@ class NodeStep(Step):
 
     def _abandon(self) -> None:
         """Drop the container and what belongs to it alone. The relay stays: the job's network does, too."""
+        self._has_turn.clear()
         if self.container is not None:
             self.container.abandon()
             self.container = None
@@ -409,6 +550,9 @@ class NodeStep(Step):
         self._entrypoint_fd = self._seccomp_fd = self._net_fd = -1
         if self.network != "job":
             self._drop_relay()
+        if self._turn is not None:
+            self._around.named.given_up(self._turn)
+            self._turn = None
 
     def _drop_relay(self) -> None:
         if self._relay is not None:
@@ -420,10 +564,11 @@ class NodeStep(Step):
 
     def _write_record(self) -> None:
         """Enough for an agent after this one to find the step again."""
-        self.record["server"] = self.container.server if self.container is not None else None
+        served = self.served_image()
+        self.record["server"] = served.process if served is not None else None
         self.record |= {"network": self.network, "ipv4": self.addresses[0], "ipv6": self.addresses[1]}
-        for key, fd in (("namespace", self.user_namespace()), ("netns", self._net_fd)):
-            self.record[key] = list(identity(fd)) if fd >= 0 else None
+        self.record["namespaces"] = {name: identity(fd) for name, fd in self.namespaces().items()}
+        self.record["netns"] = identity(self._net_fd) if self._net_fd >= 0 else None
         self._around.journal.write(self.record_name, self.record)
 
     def _set_state(self, state: str) -> None:
@@ -466,21 +611,26 @@ def _record(request: StepRequest) -> dict[str, Any]:
         "ipv4": "",
         "ipv6": "",
         "devices": [],
+        "gpus": [],
+        "environment": [],
         "tasks": request.tasks,
         "state": "building",
         "started": time.time(),
         "stepd": request.stepd,
         "stepd_start": start_time(request.stepd),
-        "namespace": None,
+        "namespaces": {},
         "netns": None,
         "server": None,
         "cgroup": "",
+        "name": request.name,
+        "named": "",
     }
 
 
 def _differs(wanted: StepRequest, begun: StepRequest) -> bool:
     """What only a task knows for sure."""
-    return (wanted.image_path(), wanted.mounts, wanted.gpus) != (begun.image_path(), begun.mounts, begun.gpus)
+    known = [(asked.image and asked.image_path(), asked.mounts, asked.gpus) for asked in (wanted, begun)]
+    return known[0] != known[1]
 
 
 def _retrieve(task: asyncio.Task[Any]) -> None:

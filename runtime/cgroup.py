@@ -1,8 +1,9 @@
-"""Where Slurm keeps a step in the cgroup v2 tree. Looks only; limits are set elsewhere."""
+"""Where Slurm keeps a step in the cgroup v2 tree, and the end of all that is there; limits are set elsewhere."""
 
 from __future__ import annotations
 
 import os
+from contextlib import suppress
 
 MOUNT_POINT = "/sys/fs/cgroup"
 
@@ -25,6 +26,14 @@ def step_cgroup(stepd_pid: int) -> str:
         return ""
     directory = f"{MOUNT_POINT}{os.path.dirname(path)}/user"
     return directory if os.path.isdir(directory) else ""
+
+
+def kill(directory: str) -> None:
+    """cgroup.kill (Linux 5.14) ends everything in a step's cgroup at once, however fast it forks."""
+    if not directory:
+        return
+    with suppress(OSError), open(f"{directory}/cgroup.kill", "w") as file:
+        file.write("1")
 
 
 def _is_cgroup2() -> bool:

@@ -251,3 +251,17 @@ def _check_together(config: Config, found: _Values) -> None:
             shown(lookup(config, key)),
             "step.networks has to include step.default_network",
         )
+    if config.named.scope == "global" and not config.named.directory:
+        raise errors.config_bad_value(
+            _place(found.origins["named.scope"]),
+            "named.scope",
+            shown(config.named.scope),
+            "'global' needs named.directory: memory would stay taken that counts as no job's",
+        )
+    if config.named.directory and config.named.size.endswith("%"):
+        raise errors.config_bad_value(
+            _place(found.origins["named.size"]),
+            "named.size",
+            shown(config.named.size),
+            "with named.directory it has to be a number of bytes",
+        )

@@ -14,12 +14,16 @@ from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 
 from enclos.runtime import errors, linux
 from enclos.runtime.builder import Plan, store_plan
+from enclos.runtime.images.served import ServedImage
 from enclos.runtime.images.store import MountedImage, MountedImages
 from enclos.runtime.protocol import Message, ProtocolError
 from enclos.runtime.spawner import Child, ChildDied, Spawner
 from enclos.runtime.steps import start_time
 
 NAMESPACES = ("user", "mnt", "ipc", "uts")
+
+# Descriptors by name.
+Lent = Mapping[str, int]
 
 
 class Container:
@@ -31,8 +35,7 @@ class Container:
         self._child: Child | None = None
         self._held: list[MountedImage] = []
         self._server: Child | None = None
-        # Pid and start time of the server of a user's image, which name it for an agent after this one.
-        self.server: tuple[int, int] | None = None
+        self.served: ServedImage | None = None
         # What others share (images, their maps) is only taken from a builder that still is root.
         self._mapped = False
         self.namespaces: dict[str, int] = {}
@@ -42,16 +45,18 @@ class Container:
         self.devices: list[str] = []
         self.device_environment: list[str] = []
         self.gpus: list[int] = []
+        self.image_key = ""
         self.warnings: list[str] = []
         self.timings: list[tuple[str, float]] = []
         self.marks: list[tuple[str, float]] = []
 
-    async def build(self, plan: Plan, network: Callable[[], Awaitable[list[int]]]) -> None:
+    async def build(self, plan: Plan, network: Callable[[], Awaitable[list[int]]], lent: Mapping[str, Lent]) -> None:
         """Run the early plan: afterwards the namespaces exist, and the builder waits for the late plan.
 
         Args:
             network: gives the network namespace that the builder enters, and perhaps its /etc/hosts as a memfd;
                 the descriptors stay the caller's.
+            lent: what else it may ask for: by its name, descriptors that stay the caller's.
 
         Raises:
             EnclosError: what the builder found wrong.
@@ -70,6 +75,11 @@ class Container:
                 match message.get("state"), message.get("what"):
                     case "need", "net":
                         self._child.send([("state", "given")], await network())
+                    case "need", what if what in lent:
+                        # With a container that runs, what it asks for next would be another's.
+                        self._mapped = what == "container"
+                        names = [("name", name) for name in lent[what]]
+                        self._child.send([("state", "given"), *names], list(lent[what].values()))
                     case "need", "image":
                         await self._serve_image(plan, message)
                     case "need", "server":
@@ -132,6 +142,9 @@ class Container:
             self._server.kill()
             self._server.close()
             self._server = None
+        if self.served is not None:
+            self.served.release()
+            self.served = None
 
     async def _serve_image(self, plan: Plan, message: Message) -> None:
         """Lend the builder the node's mount of its image, or have it make that mount."""
@@ -145,7 +158,7 @@ class Container:
     async def _serve_file(self, plan: Plan, message: Message) -> None:
         """Start squashfuse for the builder's image, whose file nobody but its user's processes may parse."""
         assert self._child is not None
-        if self._server is not None:
+        if self._server is not None or self.served is not None:
             raise ProtocolError("the builder has a server already")
         idmap_fd = self._images.idmap(plan.uid, plan.gid)
         fields = [(name, str(number)) for name, number in (("uid", plan.uid), ("gid", plan.gid))]
@@ -156,11 +169,15 @@ class Container:
             if answer.get("state") != "serving":
                 raise failure(answer)
             with contextlib.suppress(FileNotFoundError):
-                self.server = self._server.pid, start_time(self._server.pid)
+                process = self._server.pid, start_time(self._server.pid)
+                self.served = ServedImage(os.dup(self._server.pidfd), process)
             mount_fd, complaints_fd, *made = answer.fds
             self._child.send([("state", "given")], [mount_fd, complaints_fd])
             for fd in made:
                 self._images.keep_idmap(plan.uid, plan.gid, os.dup(fd))
+        if self.served is not None:
+            self._server.close()
+            self._server = None
 
     def _mounted(self) -> MountedImage:
         """The image, or the part of one, that the builder has asked for last."""
@@ -216,6 +233,7 @@ class Container:
         self.devices += message.all("device")
         self.device_environment += message.all("device_env")
         self.gpus += [int(number) for number in message.all("gpu")]
+        self.image_key = message.get("image_key") or self.image_key
         self.warnings += message.all("warning")
         for text in message.all("timing"):
             name, _, ms = text.partition(" ")

@@ -29,6 +29,7 @@ from enclos.runtime.images.store import MountedImages
 from enclos.runtime.jobs import Jobs, word
 from enclos.runtime.journal import Journal
 from enclos.runtime.kinds import amount
+from enclos.runtime.named import NamedContainers
 from enclos.runtime.settings import Config
 from enclos.runtime.spawner import Spawner
 from enclos.runtime.steps import Surroundings
@@ -40,6 +41,7 @@ log = logging.getLogger("enclosd")
 RUN_DIRECTORY = "/run/enclos"
 AGENT_SOCKET = f"{RUN_DIRECTORY}/agent.sock"
 USER_SOCKET = f"{RUN_DIRECTORY}/user.sock"
+NAMED_DIRECTORY = f"{RUN_DIRECTORY}/named"
 LOCK_FILE = f"{RUN_DIRECTORY}/enclosd.lock"
 BACKLOG = 1024
 SO_PASSRIGHTS = 83
@@ -88,23 +90,25 @@ async def run(config_path: str, node: str) -> None:
     spawner = Spawner()
     _raise_descriptor_limit()
     lock = _lock_run_directory()
-    _enter_own_mount_namespace()
+    node_mounts_fd = _enter_own_mount_namespace()
     await spawner.start()
     loaded = config.load(config_path)
     logging.getLogger().setLevel(loaded.config.log.level.upper())
     images_directory, stage = _make_directories()
     journal = Journal(f"{RUN_DIRECTORY}/journal")
     gate, found = _raise_guard(node, loaded.config)
-    jobs = Jobs(node, loaded.config, journal, spawner, gate, found)
+    named = _named_containers(loaded.config, node_mounts_fd, spawner)
+    jobs = Jobs(node, loaded.config, journal, spawner, gate, found, named)
     images = MountedImages(images_directory, loaded.config.images.idle_seconds)
     devices = NodeDevices(node, loaded.config.devices)
     imports = _open_cache(loaded.config, spawner)
-    around = Surroundings(node, loaded.config, stage, journal, spawner, images, imports, jobs, devices)
+    around = Surroundings(node, loaded.config, stage, journal, spawner, images, imports, jobs, devices, named)
     agent = Agent(around, loaded.path)
     adoption.adopt(agent)
     if loaded.config.step.spare_builder:
         spawner.keep_spare()
     await _serve(agent, gate)
+    await named.settled()
     images.close()
     await spawner.stop()
     os.close(lock)
@@ -130,10 +134,22 @@ def _raise_descriptor_limit() -> None:
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
-def _enter_own_mount_namespace() -> None:
-    """What the agent mounts (images) is invisible to the node and gone with the agent; what the node mounts appears."""
+def _enter_own_mount_namespace() -> int:
+    """What the agent mounts (images) is invisible to the node and gone with the agent; what the node mounts appears.
+
+    Returns:
+        A descriptor of the node's mount namespace, where named containers are: they outlive the agent.
+    """
+    os.makedirs(NAMED_DIRECTORY, 0o700, exist_ok=True)
+    os.chmod(NAMED_DIRECTORY, 0o700)
+    node_mounts_fd = os.open("/proc/self/ns/mnt", os.O_RDONLY | os.O_CLOEXEC)
     linux.unshare(linux.CLONE_NEWNS)
     linux.set_propagation("/", linux.MS_REC | linux.MS_SLAVE)
+    # This namespace's copies would keep what the node removes.
+    for name in os.listdir(NAMED_DIRECTORY):
+        with contextlib.suppress(OSError):
+            linux.unmount(f"{NAMED_DIRECTORY}/{name}")
+    return node_mounts_fd
 
 
 def _make_directories() -> tuple[str, str]:
@@ -156,6 +172,12 @@ def _open_cache(settings: Config, spawner: Spawner) -> Imports:
     except OSError as error:
         log.error("no image cache in %s: %s", settings.imports.cache_directory, error.strerror)
     return Imports(settings, spawner, cache)
+
+
+def _named_containers(settings: Config, node_mounts_fd: int, spawner: Spawner) -> NamedContainers:
+    """Their records lie where their files do: those on a disk outlive the node."""
+    records = f"{settings.named.directory or NAMED_DIRECTORY}/records"
+    return NamedContainers(settings.named, Journal(records), NAMED_DIRECTORY, node_mounts_fd, spawner)
 
 
 def _raise_guard(node: str, settings: Config) -> tuple[guard.Guard, underlay.Underlay]:

@@ -51,6 +51,13 @@ GIVEN = Check(".+", "argument required")
 IMAGE = (GIVEN,)
 WORKDIR = (GIVEN,)
 PROFILE = (GIVEN,)
+NAME_FLAGS = ("auto", "create", "exec", "no_exec")
+NAME = (
+    GIVEN,
+    Check("[^:].*", "empty name"),
+    Check("[^/:]+(:.*)?", "a name has no slash"),
+    Check(f"[^:]*(:{one_of(*NAME_FLAGS)}?)?", 'flag must be "auto", "create", "exec" or "no_exec"'),
+)
 NETWORK = (GIVEN, Check(one_of("job", "host", "none"), "no such network (job, host or none)"))
 ENV = (GIVEN, Check("[A-Za-z_][A-Za-z0-9_.-]*", "invalid format: not a list of names of variables", each=True))
 DEVICE = (

@@ -21,6 +21,7 @@ from enclos.netns.spec import OverlaySpec, Peer
 from enclos.runtime import controller, errors, etcfiles, hostlist
 from enclos.runtime.controller import JobFacts
 from enclos.runtime.journal import Journal
+from enclos.runtime.named import NamedContainers
 from enclos.runtime.settings import Config
 from enclos.runtime.spawner import ChildDied, Spawner
 
@@ -62,8 +63,6 @@ class Job:
         self.making = asyncio.Lock()
         # The epilog was here: what is being made meanwhile would be nobody's.
         self.ended = False
-        # slurmctld does not have the job any more, but a step of it is still there.
-        self.orphan = False
 
 
 class Jobs:
@@ -77,6 +76,7 @@ class Jobs:
         spawner: Spawner,
         gate: guard.Guard,
         found: underlay.Underlay,
+        named: NamedContainers,
     ) -> None:
         self._node = node
         self._config = config
@@ -86,6 +86,9 @@ class Jobs:
         self._underlay = found
         self._jobs: dict[int, Job] = {}
         self._expected: dict[int, asyncio.Event] = {}
+        self._named = named
+        # slurmctld does not have them any more, but a step of them is still there.
+        self._orphans: set[int] = set()
 
     async def announce(self, job_facts: JobFacts) -> None:
         """Take the facts of a job from its prolog.
@@ -106,18 +109,21 @@ class Jobs:
         if (expected := self._expected.get(job_facts.job)) is not None:
             expected.set()
         job.facts = job_facts
+        self._orphans.discard(job_facts.job)
         self._record(job, job.recorded)
 
     def get(self, job_id: int) -> Job | None:
         return self._jobs.get(job_id)
 
     async def end(self, job_id: int) -> None:
-        """Remove the job's network at once, and forget the job; an unknown job is fine."""
+        """Remove the job's network and its named containers at once, and forget the job; an unknown job is fine."""
+        self._orphans.discard(job_id)
         job = self._jobs.pop(job_id, None)
         if job is not None:
             job.ended = True
             async with job.making:
                 await self._remove_network(job)
+        await self._named.end_job(job_id)
         if job_id not in self._jobs:
             self._journal.remove(f"job.{job_id}")
 
@@ -130,13 +136,12 @@ class Jobs:
         Returns:
             The jobs that were ended; None when slurmctld does not answer.
         """
-        known = set(self._jobs)
+        known = set(self._jobs) | self._named.jobs()
         present = await controller.ask_node(self._node) if known else set()
         if present is None:
             return None
-        gone = sorted((known - present) & self._jobs.keys())
-        for job_id in gone:
-            self._jobs[job_id].orphan = True
+        gone = sorted((known - present) & (self._jobs.keys() | self._named.jobs()))
+        self._orphans.update(gone)
         return [job_id for job_id in gone if await self._end_orphan(job_id, busy())]
 
     async def step_ended(self, job_id: int, busy: set[int]) -> None:
@@ -144,8 +149,7 @@ class Jobs:
         await self._end_orphan(job_id, busy)
 
     async def _end_orphan(self, job_id: int, busy: set[int]) -> bool:
-        job = self._jobs.get(job_id)
-        if job is None or not job.orphan or job_id in busy:
+        if job_id not in self._orphans or job_id in busy:
             return False
         log.info("job=%d is gone, its epilog was missed", job_id)
         await self.end(job_id)

@@ -69,6 +69,23 @@ class CachedImage:
 NO_IMAGE = CachedImage((), "{}")
 
 
+@dataclass(frozen=True, slots=True)
+class Kept:
+    """The files of a named container.
+
+    Attributes:
+        path: where they are mounted in the node's mount namespace.
+        backing: the file that holds them, or "" for memory.
+        image_key: which image they are changes to; "" where they are made now.
+        beside: whether a container that runs has them as its root now.
+    """
+
+    path: str
+    backing: str = ""
+    image_key: str = ""
+    beside: bool = False
+
+
 def make(
     request: StepRequest,
     decision: Decision,
@@ -76,6 +93,7 @@ def make(
     maps: IdMaps,
     node: NodeFacts,
     image: CachedImage = NO_IMAGE,
+    kept: Kept | None = None,
 ) -> Plan:
     """The early plan of a step: everything that can be done before its first task is there.
 
@@ -83,12 +101,26 @@ def make(
         decision: what the site's policy made of the request.
         maps: the user namespace's uid and gid maps.
         image: what was imported for a request that names no path.
+        kept: what a named container's root is made of.
     """
-    return Plan(request.uid, request.gid, request.groups, tuple(_early(request, decision, config, maps, node, image)))
+    operations = tuple(_early(request, decision, config, maps, node, image, kept))
+    return Plan(request.uid, request.gid, request.groups, operations)
+
+
+def enter(request: StepRequest) -> Plan:
+    """The early plan of a step that enters a container that runs already."""
+    operations = (op.TakeContainer(), op.BecomeUser(), op.EnterContainer())
+    return Plan(request.uid, request.gid, request.groups, operations)
 
 
 def _early(
-    request: StepRequest, decision: Decision, config: Config, maps: IdMaps, node: NodeFacts, image: CachedImage
+    request: StepRequest,
+    decision: Decision,
+    config: Config,
+    maps: IdMaps,
+    node: NodeFacts,
+    image: CachedImage,
+    kept: Kept | None,
 ) -> Iterator[op.Operation]:
     home = home_directory(request, decision)
     origins = {
@@ -102,8 +134,12 @@ def _early(
 
     # As root: what only root may mount, and what has to be read before the image is the root.
     yield op.LookUpAccounts(node.slurm.accounts if node.slurm else ())
-    if request.image_path():
-        yield op.OpenImage(request.image_path(), config.images.user_files)
+    beside = kept is not None and kept.beside
+    if beside:
+        yield op.StageBeside()
+    elif request.image_path():
+        wanted_key = kept.image_key if kept else ""
+        yield op.OpenImage(request.image_path(), config.images.user_files, request.name, wanted_key)
     else:
         yield op.OpenParts(request.image, image.parts, image.config)
     yield op.StageText("resolv.conf", "/etc/resolv.conf")
@@ -115,7 +151,11 @@ def _early(
     yield op.CloneHostPath("terminals", "/dev/pts", MOUNT_ATTR_NOSUID | MOUNT_ATTR_NOEXEC)
     # The owner of a user namespace could give a tmpfs that was mounted in it another size.
     owner = (("uid", str(request.uid)), ("gid", str(request.gid)))
-    yield op.StageFilesystem("upper", "tmpfs", (("size", config.rootfs.tmpfs_size), ("mode", "0755"), *owner), SAFE)
+    limit = config.named.size if kept else config.rootfs.tmpfs_size
+    if kept is None:
+        yield op.StageFilesystem("upper", "tmpfs", (("size", limit), ("mode", "0755"), *owner), SAFE)
+    elif not beside:
+        yield op.StageKept(request.name, kept.path, limit, not kept.image_key, kept.backing)
     yield op.StageFilesystem("shm", "tmpfs", (("size", config.rootfs.shm_size), ("mode", "1777"), *owner), SAFE)
     if node.pid_namespace_of:
         yield op.StageProc("proc", node.pid_namespace_of, PROC_OPTIONS, KERNEL_FS)
@@ -132,7 +172,7 @@ def _early(
     yield op.BecomeUser()
     yield op.EnterUserNamespace(maps.uid_map, maps.gid_map)
     yield op.EnterNamespaces()
-    if request.image_path():
+    if request.image_path() and not beside:
         yield op.CloneDirectoryImage(request.image_path())
         yield op.AwaitServer(request.image_path())
     if config.mounts.user:
@@ -147,7 +187,7 @@ def _early(
     targets += (*(mount.target for mount, _ in wanted), *_device_targets(node.devices))
     if decision.remap_root:
         targets += (op.APT_SETTING,)
-    yield op.EnterRoot(node.stage, config.rootfs.tmpfs_size, targets)
+    yield op.EnterRootBeside(node.stage) if beside else op.EnterRoot(node.stage, limit, targets)
     yield op.Attach("proc", "/proc")
     yield op.Attach("sys", "/sys")
     if node.step_cgroup:
@@ -188,6 +228,14 @@ def late(request: StepRequest, decision: Decision, directories: Sequence[str]) -
         steps.append(op.CheckWorkdir(request.workdir))
     if not decision.writable:
         steps.append(op.SealRoot())
+    return Plan(request.uid, request.gid, request.groups, tuple(steps))
+
+
+def late_entered(request: StepRequest, directories: Sequence[str]) -> Plan:
+    """The late plan of a step that entered a container that runs."""
+    steps: list[op.Operation] = [op.AttachRunning(path) for path in directories]
+    if request.workdir:
+        steps.append(op.CheckWorkdir(request.workdir))
     return Plan(request.uid, request.gid, request.groups, tuple(steps))
 
 

@@ -11,7 +11,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from enclos.runtime import errors, mounts
+from enclos.runtime import early, errors, mounts
 from enclos.runtime.devices import cdi
 from enclos.runtime.early import NAMESPACES
 from enclos.runtime.images.reference import is_path
@@ -23,6 +23,7 @@ INTERACTIVE_STEP = 4294967290
 
 GROUP_LIMIT = 65536
 NAME_LIMIT = 1024
+CONTAINER_NAME_BYTES = 128
 PATH_LIMIT = 4095
 VALUE_LIMIT = 4096
 TASK_LIMIT = 65536
@@ -39,7 +40,8 @@ class StepRequest:
     """What slurmstepd says about a step and what its user asks for.
 
     `network` is "" and the flags are None where the user said nothing; policy.decide()
-    puts the site's choice there. `image` is as typed; image_path() makes a path of it.
+    puts the site's choice there. `image` is as typed; image_path() makes a path of it. It may be ""
+    where `name` names a container that exists.
     `devices` are (kind, name) of CDI devices; `gpus` Slurm's numbers of the step's GPUs on this
     node and `gpu_numbers` what Slurm wrote for them into CUDA_VISIBLE_DEVICES; `visible` the job's
     variables that narrow them.
@@ -57,6 +59,8 @@ class StepRequest:
     cwd: str
     home: str
     image: str
+    name: str
+    name_flag: str
     network: str
     mounts: tuple[Mount, ...]
     workdir: str
@@ -105,7 +109,8 @@ def parse(fields: Fields) -> StepRequest:
     """
     cwd = _path(fields, "cwd")
     image = _option(fields, "image")
-    if not image:
+    name, name_flag = _container_name(fields)
+    if not (image or name):
         raise errors.image_required(_first_option(fields))
     return StepRequest(
         job=_number(fields, "job", 1, _ID_MAX),
@@ -120,6 +125,8 @@ def parse(fields: Fields) -> StepRequest:
         cwd=cwd,
         home=_lenient_path(fields, "home"),
         image=_checked(image, "image"),
+        name=name,
+        name_flag=name_flag,
         network=_network(fields),
         mounts=_mounts(fields, cwd),
         workdir=_workdir(fields),
@@ -225,6 +232,21 @@ def _checked(path: str, name: str) -> str:
     if len(path.encode("utf-8", "surrogateescape")) > PATH_LIMIT:
         raise errors.bad_option(name, path[:32] + "…", f"longer than {PATH_LIMIT} bytes")
     return path
+
+
+def _container_name(fields: Fields) -> tuple[str, str]:
+    """NAME[:FLAG]; two empty texts where no name was given."""
+    text = _option(fields, "name")
+    if not text:
+        return "", ""
+    name, _, flag = text.partition(":")
+    size = len(name.encode("utf-8", "surrogateescape"))
+    if not 0 < size <= CONTAINER_NAME_BYTES or "/" in name or not name.isprintable():
+        wanted = f"a name has 1 to {CONTAINER_NAME_BYTES} bytes, and no slash or control character"
+        raise errors.bad_option("name", text[:CONTAINER_NAME_BYTES], wanted if name else "empty name")
+    if (flag or "auto") not in early.NAME_FLAGS:
+        raise errors.bad_option("name", text[: 2 * CONTAINER_NAME_BYTES], early.NAME[-1].words)
+    return name, flag or "auto"
 
 
 def _flag(fields: Fields, name: str) -> bool | None:

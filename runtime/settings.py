@@ -111,6 +111,33 @@ class Rootfs:
 
 
 @dataclass(frozen=True, slots=True)
+class Named:
+    """Containers that a user named with --container-name: what is written into them is kept between steps."""
+
+    scope: str = setting(
+        "job",
+        Choice("job", "global"),
+        "How long a named container is kept: 'job', until the end of the job that made it, or 'global', for"
+        " all jobs of its user on the node until 'enclos rm' removes it. 'global' needs named.directory.",
+    )
+    size: str = setting(
+        "2G",
+        Size(),
+        "Most that may be written into one named container on one node.",
+    )
+    per_user: int = setting(
+        8, Number(1, 10000), "Named containers that one user may have on one node at the same time."
+    )
+    directory: str = setting(
+        "",
+        Text(r"|/[^\s:,]*[^\s:,/]", "an absolute path, or empty"),
+        "Directory on a local disk of the node that holds what is written into named containers, in one file"
+        " of named.size for each. Empty: they are in memory, which counts as the tasks' own, as the root file"
+        " system of other containers.",
+    )
+
+
+@dataclass(frozen=True, slots=True)
 class Mounts:
     """What containers see of the node's file systems."""
 
@@ -320,6 +347,7 @@ class Config:
     )
     step: Step = section(Step)
     rootfs: Rootfs = section(Rootfs)
+    named: Named = section(Named)
     mounts: Mounts = section(Mounts)
     images: Images = section(Images)
     imports: Imports = section(Imports)
@@ -443,6 +471,16 @@ OPTIONS: tuple[Option, ...] = (
         "working directory inside the container",
         "A relative one starts at the container's root.",
         checks=early.WORKDIR,
+    ),
+    option(
+        "name",
+        "NAME[:auto|create|exec|no_exec]",
+        "keep the container under this name for later steps of the job on the node; with one of that name, use it",
+        "An image is only needed to create it, and not looked at afterwards. 'auto' (the default) enters a "
+        "container of the name that runs, starts one that does not, and creates one that does not exist; 'create' "
+        "refuses one that exists, 'exec' one that does not run; 'no_exec' starts another container on the same "
+        "files beside one that runs. JOB.STEP names the container of a running step without a name.",
+        checks=early.NAME,
     ),
     option(
         "writable",

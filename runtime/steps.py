@@ -7,27 +7,35 @@ mounts nothing, knows nothing of sockets towards Slurm.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
 import os
-import signal
 import time
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from enclos.runtime import errors
+from enclos.runtime import cgroup, errors
 from enclos.runtime.connection import wait_readable
 from enclos.runtime.devices.node import NodeDevices
 from enclos.runtime.images.imports import Imports
+from enclos.runtime.images.served import ServedImage
 from enclos.runtime.images.store import MountedImages
 from enclos.runtime.jobs import Jobs
 from enclos.runtime.journal import Journal
+from enclos.runtime.members import Identity, identity
+from enclos.runtime.named import NamedContainers
 from enclos.runtime.request import StepRequest
 from enclos.runtime.settings import Config
 from enclos.runtime.spawner import ChildDied, Spawner
 
 log = logging.getLogger("enclosd")
+
+# Of a step's record: not for people.
+HIDDEN = (
+    *("stepd_start", "namespaces", "netns", "server", "cgroup"),
+    *("named", "remap_root", "mount_home", "gpus", "environment"),
+)
 
 SWEEPS = 5
 SWEEP_SECONDS = 60.0
@@ -46,6 +54,9 @@ class Surroundings:
     imports: Imports
     jobs: Jobs
     devices: NodeDevices
+    named: NamedContainers
+    # How many steps there are in a container that several share, by its user namespace.
+    sharing: Counter[Identity] = field(default_factory=Counter)
 
 
 @dataclass(slots=True)
@@ -63,6 +74,7 @@ class Step:
         self._around = around
         self.record = record
         self.stepd_pidfd = stepd_pidfd
+        self._shared_fd = -1
 
     @property
     def key(self) -> tuple[int, int]:
@@ -100,9 +112,46 @@ class Step:
         """The answer that the first task gets or got."""
         raise errors.agent_restarted()
 
+    @property
+    def running(self) -> bool:
+        """Whether another step of its user can enter its container."""
+        return bool(self.record["state"] == "running" and self.namespaces())
+
+    def namespaces(self) -> Mapping[str, int]:
+        """Descriptors of the container's namespaces by their names, which stay the step's; empty where it has none."""
+        return {}
+
+    def network_namespace(self) -> int:
+        """A descriptor of the network namespace, the step's; -1 for the node's, or where it is not known."""
+        return -1
+
+    def served_image(self) -> ServedImage | None:
+        """The image, where a process serves it: whoever else has files of it takes a share."""
+        return None
+
     def user_namespace(self) -> int:
         """The container's user namespace, or -1; it stays the step's."""
-        return -1
+        return self.namespaces().get("user", self._shared_fd)
+
+    def share(self, user_fd: int) -> None:
+        """Count this step among those of a container, by its user namespace, from before it is in until its end."""
+        fd = os.dup(user_fd)
+        self._unshare()
+        if self._shared_fd >= 0:
+            os.close(self._shared_fd)
+        self._shared_fd = fd
+        self._around.sharing[identity(user_fd)] += 1
+
+    def _unshare(self) -> bool:
+        """Whether no other step is in the container."""
+        if self._shared_fd < 0:
+            return True
+        space = identity(self._shared_fd)
+        self._around.sharing[space] -= 1
+        if self._around.sharing[space] > 0:
+            return False
+        del self._around.sharing[space]
+        return True
 
     async def release(self) -> None:
         """Give up everything that belongs to the step alone, when nothing of it runs any more."""
@@ -112,9 +161,15 @@ class Step:
         await wait_readable(self.stepd_pidfd)
         forget(self)
         try:
-            await self._sweep()
+            self._around.named.left(self)
+            if self._unshare():
+                await self._sweep()
+            else:
+                cgroup.kill(self.record.get("cgroup", ""))
         finally:
             await self.release()
+            if self._shared_fd >= 0:
+                os.close(self._shared_fd)
             os.close(self.stepd_pidfd)
             self._around.journal.remove(self.record_name)
         log.info("step=%s ended after %.1f s", self.name, time.time() - self.record["started"])
@@ -152,31 +207,50 @@ class Step:
 
     def describe(self) -> dict[str, Any]:
         """What `enclos ps` shows."""
-        hidden = ("stepd_start", "namespace", "netns", "server", "cgroup")
-        return {key: value for key, value in self.record.items() if key not in hidden}
+        return {key: value for key, value in self.record.items() if key not in HIDDEN}
 
 
 class AdoptedStep(Step):
     """A step that an agent before this one built; its tasks have joined already."""
 
-    def __init__(self, around: Surroundings, record: dict[str, Any], pidfds: Sequence[int], namespace_fd: int) -> None:
-        """`pidfds`: of slurmstepd, and of the image's server where there is one."""
-        stepd_pidfd, *self._server_pidfds = pidfds
+    def __init__(
+        self,
+        around: Surroundings,
+        record: dict[str, Any],
+        stepd_pidfd: int,
+        namespaces: dict[str, int],
+        net_fd: int,
+        served: ServedImage | None,
+    ) -> None:
+        """Takes over the descriptors. Of the namespaces perhaps only the user's is there: then nobody else gets in."""
         super().__init__(around, record, stepd_pidfd)
-        self._namespace_fd = namespace_fd
+        self._namespaces = namespaces
+        self._net_fd = net_fd
+        self._served = served
 
-    def user_namespace(self) -> int:
-        return self._namespace_fd
+    @property
+    def running(self) -> bool:
+        missing = self.record["network"] != "host" and self._net_fd < 0
+        return len(self._namespaces) == len(self.record["namespaces"]) and not missing
+
+    def namespaces(self) -> Mapping[str, int]:
+        return self._namespaces
+
+    def network_namespace(self) -> int:
+        return self._net_fd
+
+    def served_image(self) -> ServedImage | None:
+        return self._served
 
     async def release(self) -> None:
-        for pidfd in self._server_pidfds:
-            with contextlib.suppress(ProcessLookupError):
-                signal.pidfd_send_signal(pidfd, signal.SIGKILL)
-            os.close(pidfd)
-        self._server_pidfds.clear()
-        if self._namespace_fd >= 0:
-            os.close(self._namespace_fd)
-            self._namespace_fd = -1
+        if self._served is not None:
+            self._served.release()
+            self._served = None
+        for fd in (*self._namespaces.values(), self._net_fd):
+            if fd >= 0:
+                os.close(fd)
+        self._namespaces.clear()
+        self._net_fd = -1
 
 
 def start_time(pid: int) -> int:

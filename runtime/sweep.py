@@ -11,6 +11,7 @@ import signal
 import socket
 import time
 
+from enclos.runtime.cgroup import kill as kill_cgroup
 from enclos.runtime.members import Identity, identity, is_member, members
 from enclos.runtime.protocol import Message, send
 
@@ -56,7 +57,7 @@ def sweep(uid: int, namespace: Identity, cgroup: str = "") -> tuple[set[int], in
         if not left and (_last_pid() == newest or restless > RESTLESS_LOOKS):
             break
         if left and cgroup:
-            _kill_cgroup(cgroup)
+            kill_cgroup(cgroup)
         killed.update(left)
         # Death is not instant, and there is no event for "all of these are gone" that a fork could not evade.
         time.sleep(PAUSE_SECONDS if left else 0)
@@ -110,11 +111,3 @@ def _real_uid(pid: int) -> int:
     begin = status.index(b"\nUid:") + 5
     return int(status[begin : status.index(b"\n", begin)].split()[0])
 
-
-def _kill_cgroup(path: str) -> None:
-    """cgroup.kill (Linux 5.14) ends everything in the step's cgroup at once, however fast it forks."""
-    try:
-        with open(f"{path}/cgroup.kill", "w") as file:
-            file.write("1")
-    except OSError:
-        return

@@ -218,8 +218,8 @@ int slurm_spank_task_init(spank_t spank, int count, char *words[])
 	if (!step_begun(spank, getppid()))
 		return 0;
 	if (!step.answered) {
-		report_keep("--container-image=%s: an earlier plugin of plugstack.conf failed on %s",
-			    options_image_text(), report_node());
+		report_keep("%s: an earlier plugin of plugstack.conf failed on %s",
+			    options_subject(), report_node());
 		report_exit(1);
 	}
 	if (guessed_wrong())

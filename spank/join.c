@@ -74,13 +74,13 @@ static void keep_wire_error(int error)
 	char text[PATH_MAX + 256];
 
 	if (error == -ECONNRESET || error == -EPIPE) {
-		snprintf(text, sizeof(text), "--container-image=%s: the agent ended while the container was being made on %s",
-			 options_image_text(), node);
+		snprintf(text, sizeof(text), "%s: the agent ended while the container was being made on %s",
+			 options_subject(), node);
 		report_keep_hint(text, "run the step again; administrator: journalctl -u enclosd");
 	} else if (error == -ETIMEDOUT) {
-		report_keep("--container-image=%s: no answer from the agent on %s", options_image_text(), node);
+		report_keep("%s: no answer from the agent on %s", options_subject(), node);
 	} else {
-		report_keep("--container-image=%s: cannot use the agent's answer (%s) on %s", options_image_text(),
+		report_keep("%s: cannot use the agent's answer (%s) on %s", options_subject(),
 			    strerror(-error), node);
 	}
 }
@@ -114,7 +114,7 @@ static bool take_filter(struct join *join)
 	}
 	close(fd);
 	if (!whole)
-		report_keep("--container-image=%s: cannot read the system call filter on %s", options_image_text(),
+		report_keep("%s: cannot read the system call filter on %s", options_subject(),
 			    report_node());
 	return whole;
 }
@@ -137,7 +137,7 @@ static bool take_answer(struct join *join, struct wire_in *reply)
 	join->uts_fd = wire_take_fd(reply, "uts");
 	join->entrypoint_fd = wire_take_fd(reply, "entrypoint");
 	if (join->user_fd < 0 || join->mnt_fd < 0) {
-		report_keep("--container-image=%s: the agent's answer has no namespaces on %s", options_image_text(),
+		report_keep("%s: the agent's answer has no namespaces on %s", options_subject(),
 			    report_node());
 		return false;
 	}
@@ -209,8 +209,8 @@ static bool enter(int *fd, int type, const char *name)
 	close(*fd);
 	*fd = -1;
 	if (error != 0)
-		report_keep("--container-image=%s: cannot join the container's %s namespace (%s) on %s",
-			    options_image_text(), name, strerror(error), report_node());
+		report_keep("%s: cannot join the container's %s namespace (%s) on %s",
+			    options_subject(), name, strerror(error), report_node());
 	return error == 0;
 }
 
@@ -268,7 +268,7 @@ static bool forget_node_sockets(void)
 	struct dirent *entry;
 
 	if (directory == NULL) {
-		report_keep("--container-image=%s: cannot list the task's descriptors (%s) on %s", options_image_text(),
+		report_keep("%s: cannot list the task's descriptors (%s) on %s", options_subject(),
 			    strerror(errno), report_node());
 		return false;
 	}
@@ -295,7 +295,7 @@ bool join_container(struct join *join)
 	    !enter(&join->uts_fd, CLONE_NEWUTS, "uts"))
 		return false;
 	if (unshare(CLONE_NEWCGROUP) < 0 && errno != EINVAL) {
-		report_keep("--container-image=%s: cannot make a cgroup namespace (%s) on %s", options_image_text(),
+		report_keep("%s: cannot make a cgroup namespace (%s) on %s", options_subject(),
 			    strerror(errno), report_node());
 		return false;
 	}
@@ -373,7 +373,7 @@ bool join_confine(struct join *join)
 	else if (!install_filter(join))
 		what = "install the system call filter";
 	if (what != NULL)
-		report_keep("--container-image=%s: cannot %s (%s) on %s", options_image_text(), what, strerror(errno),
+		report_keep("%s: cannot %s (%s) on %s", options_subject(), what, strerror(errno),
 			    report_node());
 	return what == NULL;
 }

@@ -7,6 +7,7 @@
 #define _GNU_SOURCE
 #include "enclos.h"
 
+#include <limits.h>
 #include <regex.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -353,7 +354,7 @@ static int check_image_given(void)
 {
 	int image = find_key("image");
 
-	if (spank_context() != S_CTX_LOCAL || chosen[image] != NULL || getenv("SLURM_CONTAINER") != NULL ||
+	if (spank_context() != S_CTX_LOCAL || options_container_given() || getenv("SLURM_CONTAINER") != NULL ||
 	    profile_gives(row_at(image)->name))
 		return 0;
 	for (int i = 0; i < ENCLOS_OPTION_COUNT; i++) {
@@ -447,17 +448,20 @@ void options_replace(const char *name, const char *value, const char *own)
 		choose(index, row_at(index)->has_arg ? value : row_at(index)->fixed);
 }
 
-bool options_image_given(void)
+/* An image, or the name of a container: either asks for one. */
+bool options_container_given(void)
 {
-	return chosen[find_key("image")] != NULL;
+	return chosen[find_key("image")] != NULL || chosen[find_key("name")] != NULL;
 }
 
-/* The image as an error's subject. */
-const char *options_image_text(void)
+/* The container as an error's subject. */
+const char *options_subject(void)
 {
-	const char *image = chosen[find_key("image")];
+	static char subject[PATH_MAX];
+	int row = find_key(chosen[find_key("image")] != NULL ? "image" : "name");
 
-	return image != NULL ? image : "";
+	snprintf(subject, sizeof(subject), "--%s=%s", row_at(row)->name, chosen[row] != NULL ? chosen[row] : "");
+	return subject;
 }
 
 static bool starts_relative(const char *path)
@@ -468,9 +472,9 @@ static bool starts_relative(const char *path)
 /* The first option with a path that starts at the step's directory, as --container-NAME; NULL if there is none. */
 const char *options_relative(void)
 {
-	const char *entry = chosen[find_key("mounts")];
+	const char *entry = chosen[find_key("mounts")], *image = chosen[find_key("image")];
 
-	if (starts_relative(options_image_text()))
+	if (image != NULL && starts_relative(image))
 		return "--container-image";
 	for (; entry != NULL; entry = strchr(entry, ',')) {
 		entry += *entry == ',';

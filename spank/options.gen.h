@@ -37,6 +37,14 @@ static const struct enclos_check enclos_checks_workdir[] = {
 	{ NULL, NULL, 0 },
 };
 
+static const struct enclos_check enclos_checks_name[] = {
+	{ "^(.+)$", "argument required", 0 },
+	{ "^([^:].*)$", "empty name", 0 },
+	{ "^([^/:]+(:.*)?)$", "a name has no slash", 0 },
+	{ "^([^:]*(:(auto|create|exec|no_exec)?)?)$", "flag must be \"auto\", \"create\", \"exec\" or \"no_exec\"", 0 },
+	{ NULL, NULL, 0 },
+};
+
 static const struct enclos_check enclos_checks_env[] = {
 	{ "^(.+)$", "argument required", 0 },
 	{ "^([A-Za-z_][A-Za-z0-9_.-]*)$", "invalid format: not a list of names of variables", 1 },
@@ -74,7 +82,7 @@ struct enclos_option_row {
 	const struct enclos_check *checks; /* ends with a pattern of NULL */
 };
 
-#define ENCLOS_OPTION_COUNT 19
+#define ENCLOS_OPTION_COUNT 20
 
 static const struct enclos_option_row enclos_option_rows[] = {
 	{
@@ -100,6 +108,12 @@ static const struct enclos_option_row enclos_option_rows[] = {
 		"[enclos] working directory inside the container",
 		1, "ENCLOS_CONTAINER_WORKDIR", "PYXIS_CONTAINER_WORKDIR", "workdir", NULL,
 		enclos_checks_workdir,
+	},
+	{
+		"container-name", "NAME[:auto|create|exec|no_exec]",
+		"[enclos] keep the container under this name for later steps of the job on the node; with one of that name, use it",
+		1, "ENCLOS_CONTAINER_NAME", "PYXIS_CONTAINER_NAME", "name", NULL,
+		enclos_checks_name,
 	},
 	{
 		"container-writable", NULL,

@@ -56,7 +56,7 @@ bool step_wants_container(spank_t spank)
 {
 	char image[PATH_MAX];
 
-	if (options_image_given())
+	if (options_container_given())
 		return true;
 	if (spank_getenv(spank, "SLURM_CONTAINER", image, sizeof(image)) != ESPANK_SUCCESS || image[0] == '\0')
 		return false;

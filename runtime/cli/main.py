@@ -20,6 +20,7 @@ VERBS: dict[str, tuple[str, str]] = {
     "image": ("image", "pull, list and remove images: your own and the site's"),
     "check": ("check", "test whether this node can run containers, and say what to mend"),
     "gc": ("gc", "undo what ended jobs left on this node (root)"),
+    "rm": ("rm", "remove a named container on this node"),
     "render": ("render", "print the plan of a container without making it"),
     "profile": ("profile", "show, list or check profiles (--container-profile)"),
     "config": ("config", "show the settings in force, or validate a configuration file"),

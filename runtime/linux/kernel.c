@@ -296,11 +296,13 @@ int enclos_loop_free(int control_fd)
 	return ioctl(control_fd, LOOP_CTL_GET_FREE);
 }
 
-int enclos_loop_configure(int loop_fd, int file_fd, const char *name, uint64_t offset, uint64_t size)
+int enclos_loop_configure(int loop_fd, int file_fd, const char *name, uint64_t offset, uint64_t size, int writable)
 {
 	struct loop_config config = {
 		.fd = (uint32_t)file_fd,
-		.info = {.lo_flags = LO_FLAGS_READ_ONLY | LO_FLAGS_AUTOCLEAR, .lo_offset = offset, .lo_sizelimit = size},
+		.info = {.lo_flags = (writable ? 0 : LO_FLAGS_READ_ONLY) | LO_FLAGS_AUTOCLEAR,
+			 .lo_offset = offset,
+			 .lo_sizelimit = size},
 	};
 
 	snprintf((char *)config.info.lo_file_name, sizeof(config.info.lo_file_name), "%s", name);

@@ -26,6 +26,6 @@ int enclos_become(uint32_t uid, uint32_t gid, const uint32_t *groups, size_t cou
 int enclos_seccomp(const void *program, size_t count);
 
 int enclos_loop_free(int control_fd);
-int enclos_loop_configure(int loop_fd, int file_fd, const char *name, uint64_t offset, uint64_t size);
+int enclos_loop_configure(int loop_fd, int file_fd, const char *name, uint64_t offset, uint64_t size, int writable);
 
 int enclos_inotify(const char *path, uint32_t events);

@@ -10,14 +10,16 @@ from enclos.runtime.linux.failure import check, failure
 ATTEMPTS = 64
 
 
-def loop_attach(file_fd: int, name: str, offset: int = 0, size: int = 0) -> tuple[int, str]:
-    """Attach an open file, read-only, to a free loop device, which ends with its last user.
+def loop_attach(
+    file_fd: int, name: str, offset: int = 0, size: int = 0, *, writable: bool = False
+) -> tuple[int, str]:
+    """Attach an open file, read-only unless told otherwise, to a free loop device, which ends with its last user.
 
     The device takes a reference of its own: `file_fd` may be closed. Close the descriptor that is
     returned once the device is mounted; the unmount then frees the device.
 
     Args:
-        file_fd: open for reading.
+        file_fd: open for reading, and for writing where the device is to be writable.
         name: what `losetup` shows, cut to 63 bytes.
         offset, size: the part of the file in bytes; a size of 0 means all that follows. The kernel counts in blocks
             of 512 bytes from the offset, so a size that is no multiple loses its end.
@@ -29,7 +31,7 @@ def loop_attach(file_fd: int, name: str, offset: int = 0, size: int = 0) -> tupl
     try:
         for _ in range(ATTEMPTS):
             number = check(lib.enclos_loop_free(control_fd), "/dev/loop-control")
-            attached = _configure(number, file_fd, name, offset, size)
+            attached = _configure(number, file_fd, name, (offset, size, writable))
             if attached is not None:
                 return attached
         raise OSError(errno.EBUSY, os.strerror(errno.EBUSY), "/dev/loop-control")
@@ -37,17 +39,20 @@ def loop_attach(file_fd: int, name: str, offset: int = 0, size: int = 0) -> tupl
         os.close(control_fd)
 
 
-def _configure(number: int, file_fd: int, name: str, offset: int, size: int) -> tuple[int, str] | None:
+def _configure(
+    number: int, file_fd: int, name: str, part: tuple[int, int, bool]
+) -> tuple[int, str] | None:
     """None if another process took the device since the kernel called it free."""
     path = f"/dev/loop{number}"
     try:
-        loop_fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        loop_fd = os.open(path, (os.O_RDWR if part[2] else os.O_RDONLY) | os.O_CLOEXEC)
     except OSError as error:
         # Another process removed the device again.
         if error.errno == errno.ENXIO:
             return None
         raise
-    if lib.enclos_loop_configure(loop_fd, file_fd, os.fsencode(name), offset, size) == 0:
+    offset, size, writable = part
+    if lib.enclos_loop_configure(loop_fd, file_fd, os.fsencode(name), offset, size, writable) == 0:
         return loop_fd, path
     problem = failure(path)
     os.close(loop_fd)

@@ -29,6 +29,14 @@ from enclos.runtime.operations.devices import (
     SelectDevices,
 )
 from enclos.runtime.operations.image import CloneImageMounts, PlaceImageMounts, ReadImageFacts
+from enclos.runtime.operations.kept import (
+    AttachRunning,
+    EnterContainer,
+    EnterRootBeside,
+    StageBeside,
+    StageKept,
+    TakeContainer,
+)
 from enclos.runtime.operations.namespaces import (
     AwaitServer,
     BecomeUser,
@@ -54,6 +62,7 @@ __all__ = [
     "APT_SETTING",
     "Attach",
     "AttachDevices",
+    "AttachRunning",
     "AwaitServer",
     "BecomeUser",
     "CheckWorkdir",
@@ -62,8 +71,10 @@ __all__ = [
     "CloneHostPath",
     "CloneImageMounts",
     "CloneSource",
+    "EnterContainer",
     "EnterNamespaces",
     "EnterRoot",
+    "EnterRootBeside",
     "EnterUserNamespace",
     "JoinLibraries",
     "JoinNetwork",
@@ -78,10 +89,13 @@ __all__ = [
     "SealRoot",
     "SelectDevices",
     "SetUpPackageManagers",
+    "StageBeside",
     "StageDevices",
     "StageFilesystem",
+    "StageKept",
     "StageProc",
     "StageText",
+    "TakeContainer",
     "Unmount",
     "WriteAccounts",
     "WriteHostname",

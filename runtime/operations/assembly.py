@@ -31,7 +31,8 @@ class EnterRoot:
         # An image of several parts has as many lower layers; short names, for the kernel takes 255 bytes for all.
         lowers = {f"lower{index}": f"{index:02}" for index in range(builder.lowers)} or {"lower": "lower"}
         for name in (*lowers.values(), "upper", "work", "root"):
-            os.mkdir(name, 0o755, dir_fd=builder.fds["upper"])
+            with suppress(FileExistsError):  # Of a named container, from the steps before.
+                os.mkdir(name, 0o755, dir_fd=builder.fds["upper"])
         linux.move_mount(builder.fds["upper"], linux.AT_FDCWD, self.stage)
         for name, place in lowers.items():
             linux.move_mount(builder.fds[name], linux.AT_FDCWD, f"{self.stage}/{place}")

@@ -181,13 +181,17 @@ class OpenImage:
 
     A squashfs file is mounted once per node; this builder mounts it if no other has. The kernel parses only
     files that root wrote, unless the site trusts its users' images; others are served by squashfuse.
+
+    For a named container (`name`) it has to be the image that the container was created from (`wanted_key`).
     """
 
     path: str
     user_files: str
+    name: str = ""
+    wanted_key: str = ""
 
     def describe(self) -> str:
-        return f"open image {self.path}"
+        return f"open image {self.path}" + (f", as it was when {self.name} was created" if self.wanted_key else "")
 
     def execute(self, builder: Builder) -> None:
         builder.image_path = self.path
@@ -195,6 +199,8 @@ class OpenImage:
             fd = builder.keep("image", self._open())
             status = os.fstat(fd)
             extent = self._find(fd) if stat.S_ISREG(status.st_mode) else sif.Extent()
+        if self.name:
+            self._recognise(builder, status)
         if stat.S_ISDIR(status.st_mode):
             builder.image_is_directory = True  # CloneDirectoryImage goes on with it.
         elif stat.S_ISREG(status.st_mode):
@@ -218,6 +224,13 @@ class OpenImage:
             if error.errno in (errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG):
                 raise errors.image_not_found(self.path) from error
             raise
+
+    def _recognise(self, builder: Builder, status: os.stat_result) -> None:
+        """What was written into a named container is a change to one image, and to no other."""
+        key = f"{status.st_dev:x}-{status.st_ino:x}" if stat.S_ISDIR(status.st_mode) else _key(status)
+        if self.wanted_key not in ("", key):
+            raise errors.named_image_changed(self.name, self.path)
+        builder.results.append(("image_key", key))
 
     def _find(self, fd: int) -> sif.Extent:
         """Where in the file its squashfs is: it is one, or a SIF file that has one."""
@@ -300,6 +313,11 @@ class LookUpAccounts:
                 builder.group_names.append((grp.getgrgid(group_id).gr_name, group_id))
             except KeyError:
                 builder.group_names.append((f"g{group_id}", group_id))
+
+
+def _key(status: os.stat_result) -> str:
+    """Names an image file as it is now."""
+    return f"{status.st_dev:x}-{status.st_ino:x}-{status.st_size:x}-{status.st_mtime_ns:x}-{status.st_ctime_ns:x}"
 
 
 def _is_roots(fd: int, status: os.stat_result) -> bool:

@@ -11,6 +11,7 @@ from enclos.netns.underlay import Underlay
 from enclos.runtime import errors
 from enclos.runtime.jobs import Jobs
 from enclos.runtime.journal import Journal
+from enclos.runtime.named import NamedContainers
 from enclos.runtime.settings import Config
 from enclos.runtime.spawner import Spawner
 
@@ -23,7 +24,8 @@ def resolve(names: list[str], pattern: str, directory: Path) -> list[str]:
         await spawner.start()
         found = Underlay(1, "lo", "192.0.2.1", 1500)
         with Guard(4789, "lo") as gate:
-            jobs = Jobs("n1", Config(), Journal(str(directory)), spawner, gate, found)
+            named = NamedContainers(Config().named, Journal(str(directory)), str(directory), -1, spawner)
+            jobs = Jobs("n1", Config(), Journal(str(directory)), spawner, gate, found, named)
             try:
                 return await jobs._resolve(names, pattern)
             finally:

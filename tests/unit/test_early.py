@@ -42,6 +42,11 @@ BAD = [
     ("unshare", "net,", "unknown namespace"),
     ("unshare", "net,pid", "no process can join a pid namespace"),
     ("network", "blue", "no such network"),
+    ("name", "", "argument required"),
+    ("name", ":exec", "empty name"),
+    ("name", "a/b", "a name has no slash"),
+    ("name", "a:often", 'flag must be "auto", "create", "exec" or "no_exec"'),
+    ("name", "a:exec:create", "flag must be"),
 ]
 GOOD = [
     ("mounts", "/a,/b:/c,/d:/e:ro+rprivate+x-create=dir,./x:./y,..:/up,.:/here,/f g:/h i"),
@@ -51,6 +56,9 @@ GOOD = [
     ("env", "A,B_C,_d"),
     ("unshare", "net,ipc,uts"),
     ("network", "job"),
+    ("name", "a b:no_exec"),
+    ("name", "42.0"),
+    ("name", "a:"),
     ("workdir", "../"),
 ]
 

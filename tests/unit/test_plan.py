@@ -68,6 +68,32 @@ def test_the_plan_is_as_it_was_reviewed(case: str) -> None:
     assert found == golden.read_text()
 
 
+KEPT = {
+    "named-created": plan.Kept("/run/enclos/named/1001.7.1"),
+    "named-started": plan.Kept("/run/enclos/named/1001.7.1", "/local/enclos/1001.7.1.ext4", "fe00-1-2-3-4"),
+    "named-beside": plan.Kept("/run/enclos/named/1001.7.1", image_key="fe00-1-2-3-4", beside=True),
+    "named-entered": None,
+}
+
+
+@pytest.mark.parametrize("case", KEPT)
+def test_the_plan_of_a_named_container_is_as_it_was_reviewed(case: str) -> None:
+    wanted = request.parse({**FACTS, "option.name": ["work"]})
+    loaded = config.parse(b"", "enclos.yaml", {})
+    decision = policy.decide(wanted, loaded.config)
+    maps = container_maps(wanted.uid, wanted.gid, wanted.groups, decision.remap_root)
+    node = plan.NodeFacts("/run/enclos/stage")
+    directories = plan.slurm_directories(wanted)
+    kept = KEPT[case]
+    early = plan.make(wanted, decision, loaded.config, maps, node, kept=kept) if kept else plan.enter(wanted)
+    late = plan.late(wanted, decision, directories) if kept else plan.late_entered(wanted, directories)
+    found = "\n".join([*early.describe(), *late.describe()]) + "\n"
+    golden = GOLDEN / f"{case}.txt"
+    if os.environ.get("UPDATE_GOLDEN"):
+        golden.write_text(found)
+    assert found == golden.read_text()
+
+
 def names(case: str) -> list[str]:
     return [type(operation).__name__ for operation in make(case).operations]
 

@@ -47,6 +47,28 @@ def test_plain_request() -> None:
     assert not found.asks_by_default
 
 
+@pytest.mark.parametrize(
+    ("text", "name", "flag"),
+    [("w", "w", "auto"), ("w:", "w", "auto"), ("w:create", "w", "create"), ("a b:no_exec", "a b", "no_exec")],
+)
+def test_names_of_containers(text: str, name: str, flag: str) -> None:
+    """With one, no image is needed."""
+    found = request(option_image=[], option_name=[text])
+    assert (found.image, found.name, found.name_flag) == ("", name, flag)
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        (":exec", "empty name"), ("a/b", "no slash"), ("..\n", "control character"), ("x" * 129, "128 bytes"),
+        ("ä" * 65, "128 bytes"), ("w:run", "flag must be"), ("w:exec:create", "flag must be"),
+    ],
+)  # fmt: skip
+def test_what_can_be_no_name_of_a_container(text: str, words: str) -> None:
+    with pytest.raises(UserError, match=words):
+        request(option_name=[text])
+
+
 def test_all_options() -> None:
     found = request(
         option_network=["job"],
