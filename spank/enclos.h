@@ -46,6 +46,11 @@ void profile_note_own(const char *names);
 void profile_apply(spank_t spank);
 void profile_add_fields(spank_t spank, struct wire_out *out);
 
+/* pin.c: the digest that an image's tag has now */
+#define PINNED_LIMIT 4352 /* an image of PATH_MAX and a digest */
+bool pin_image(const char *image);
+void pin_add_field(spank_t spank, struct wire_out *out);
+
 /* step.c: facts of a step from slurmstepd, and of a job from the prolog's environment */
 bool step_wants_container(spank_t spank);
 bool step_is_extern(spank_t spank);

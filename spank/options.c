@@ -390,9 +390,17 @@ static int expand_profile(void)
 	return 0;
 }
 
+/* Of srun alone: a batch script's steps begin later, and each asks for itself. */
+static int settle_image(void)
+{
+	const char *image = chosen[find_key("image")];
+
+	return spank_context() == S_CTX_LOCAL && image != NULL && !pin_image(image) ? -1 : 0;
+}
+
 int options_check_local(void)
 {
-	if (settle_flags() != 0 || expand_profile() != 0 || check_image_given() != 0)
+	if (settle_flags() != 0 || expand_profile() != 0 || check_image_given() != 0 || settle_image() != 0)
 		return -1;
 	/* With het steps Slurm goes through the options once per component. */
 	for (int i = 0; i < ENCLOS_OPTION_COUNT; i++) {

@@ -161,7 +161,7 @@ void step_add_facts(spank_t spank, struct wire_out *out)
 	add_variable(spank, out, "home", "HOME");
 	add_variable(spank, out, "authfile", "REGISTRY_AUTH_FILE");
 	add_variable(spank, out, "runtime", "XDG_RUNTIME_DIR");
-	add_variable(spank, out, "pinned", "ENCLOS_PINNED_IMAGE");
+	pin_add_field(spank, out);
 	add_sent_variables(spank, out);
 	options_add_fields(out);
 	profile_add_fields(spank, out);
