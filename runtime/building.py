@@ -76,6 +76,7 @@ class NodeStep(Step):
         self._net_fd = -1
         self._seccomp_fd = -1
         self._entrypoint_fd = -1
+        self._commands = ""
         self._relay: Child | None = None
         self._notices: list[str] = []
         # Where progress of an import is shown: at the first task.
@@ -219,6 +220,7 @@ class NodeStep(Step):
         try:
             self.record["cgroup"] = cgroup.step_cgroup(self.request.stepd)
             slurm = await _slurm_client() if decision.slurm else None
+            self._commands = os.path.dirname(slurm.commands[0][0]) if slurm else ""
             devices = await self._around.devices.select(self.request)
             cgroup_path, leader = self.record["cgroup"], self._het_leader()
             node = plan.NodeFacts(self._around.stage, cgroup_path, slurm, devices, leader, pid_namespace_of)
@@ -501,10 +503,12 @@ class NodeStep(Step):
         """The image's variables, and those of the job that name interfaces of the node's network."""
         assert self.container is not None
         pairs = [(name, value) for name, _, value in (entry.partition("=") for entry in self.container.environment)]
-        fields = []
-        for name, value in environment.from_image(pairs, ()):
-            keeps = any(_matches(pattern, name) for pattern in self.request.environment)
-            fields.append(("default" if keeps else "set", f"{name}={value}"))
+        wanted = dict(environment.from_image(pairs, ()))
+        if self._commands and "PATH" in wanted:
+            wanted["PATH"] = environment.path_with(wanted["PATH"], self._commands)
+        kept = self.request.environment
+        fields = [("default" if name in kept else "set", f"{name}={value}") for name, value in wanted.items()]
+        fields += [("unset", name) for name in environment.NODE_ONLY_NAMES if name not in (*wanted, *kept)]
         fields += [("set", entry) for entry in self.container.device_environment]
         if places := choice.renumber(self.request.gpus, self.request.gpu_numbers, self.container.gpus):
             fields.append(("gpu_places", ",".join(f"{number}:{place}" for number, place in places.items())))
@@ -644,7 +648,3 @@ def _summed(timings: list[tuple[str, float]]) -> list[tuple[str, float]]:
     for name, ms in timings:
         sums[name] = sums.get(name, 0.0) + ms
     return list(sums.items())
-
-
-def _matches(pattern: str, name: str) -> bool:
-    return name.startswith(pattern[:-1]) if pattern.endswith("*") else name == pattern

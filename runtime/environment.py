@@ -18,9 +18,9 @@ NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 
 # Set by Slurm, by its MPI plugins or by us for this very task. "PMI" covers PMI_, PMI2_ and PMIX_.
 PROTECTED_PREFIXES = ("SLURM", "SRUN_", "SPANK_", "PMI", "ENCLOS_", "OMPI_COMM_WORLD_", "MPIR_")
-# The user's identity, and what Slurm's gres plugins decide.
+# The user's identity and terminal, and what Slurm's gres plugins decide.
 PROTECTED_NAMES = frozenset(
-    {"HOME", "USER", "LOGNAME", "PWD", "OLDPWD", "TMPDIR", "HOSTNAME"}
+    {"HOME", "USER", "LOGNAME", "PWD", "OLDPWD", "TMPDIR", "HOSTNAME", "TERM"}
     | {"CUDA_VISIBLE_DEVICES", "GPU_DEVICE_ORDINAL", "ROCR_VISIBLE_DEVICES", "ZE_AFFINITY_MASK"}
 )
 
@@ -87,6 +87,15 @@ def from_image(variables: Iterable[tuple[str, str]], keep: Collection[str]) -> l
     """
     merged = {name: value for name, value in variables if name not in keep and not is_protected(name)}
     return list(merged.items())
+
+
+# A locale of the node is not necessarily one of the image, and programs complain of one that is not there.
+NODE_ONLY_NAMES = ("LANG",)
+
+
+def path_with(path: str, directory: str) -> str:
+    """The image's PATH with a directory of commands that were brought into the container, last if it is not there."""
+    return path if directory in path.split(":") else f"{path}:{directory}"
 
 
 def unset_interfaces(

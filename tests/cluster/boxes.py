@@ -17,7 +17,7 @@ ENVIRONMENT = """\
 FROM_IMAGE=image
 export QUOTED="two words"
 BOTH=image
-SLURM_JOB_ID=1
+SLURM_JOB_ID=99999
 HOME=/stolen
 """
 

@@ -282,14 +282,6 @@ def test_mount_home(idle: Cluster) -> None:
     assert shell(idle, "ls ~; stat -c %a ~", "--no-container-mount-home") == "700\n"
 
 
-def test_environment_of_the_image(idle: Cluster) -> None:
-    script = 'echo "$FROM_IMAGE|$QUOTED|$BOTH|$HOME|$ONLY_JOB"; [ "$SLURM_JOB_ID" != 1 ]'
-    job = {"BOTH": "job", "FROM_IMAGE": "job", "ONLY_JOB": "job"}
-    assert shell(idle, script, **job) == "image|two words|image|/home/usera|job\n"
-    assert shell(idle, script, "--container-env=BOTH,QUOTED", **job) == "image|two words|job|/home/usera|job\n"
-    assert shell(idle, script, "--container-env=BOTH,FROM_IMAGE", **job) == "job|two words|job|/home/usera|job\n"
-
-
 # -- mounts ------------------------------------------------------------------------------------------------
 
 
