@@ -460,6 +460,7 @@ def _write_files(layout: Layout, record: Record, settings: slurm.SlurmSettings, 
     texts = {
         layout.slurm / "slurm.conf": slurm.slurm_conf(layout, settings),
         layout.slurm / "cgroup.conf": slurm.cgroup_conf(settings),
+        layout.slurm / "mpi.conf": slurm.MPI_CONF,
         layout.slurm / "gres.conf": slurm.gres_conf(settings),
         layout.slurm / "plugstack.conf": slurm.plugstack_conf(str(shim) if shim else None, record.plugstack),
         layout.slurm / "job_submit.lua": slurm.job_submit_lua(users.USERS),

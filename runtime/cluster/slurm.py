@@ -134,6 +134,13 @@ def cgroup_conf(settings: SlurmSettings) -> str:
     return f"CgroupAutomount=no\n{quiet}"
 
 
+MPI_CONF = """\
+# With the tree (for barriers the default) a rank may leave MPI_Init before another has come to its end; what it
+# sends then kills the other with a segmentation fault. Seen with Slurm 22.05 and OpenMPI 4.1.4, also outside.
+PMIxCollFence=ring
+"""
+
+
 def plugstack_conf(shim: str | None, mode: str) -> str:
     """plugstack.conf with the line an admin would write; empty where the plugin is not built."""
     return f"{mode} {shim}\n" if shim else "# the plugin is not built\n"

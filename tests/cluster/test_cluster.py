@@ -275,6 +275,11 @@ def test_slurm_conf_extra_replaces_our_rows(make_cluster: Callable[..., Cluster]
     changed.down()
 
 
+def test_barriers_of_mpi_hold(cluster: Cluster) -> None:
+    """Slurm reads mpi.conf: with its default, a rank may leave MPI_Init while another is in it, and crash that one."""
+    assert re.search(r"PMIxCollFence\s+= ring", cluster.run(["scontrol", "show", "config"]).stdout)
+
+
 def test_leftovers_are_noticed(make_cluster: Callable[..., Cluster]) -> None:
     """The counting helper must see each kind of thing, or tests that use it prove nothing."""
     own = make_cluster(1)
