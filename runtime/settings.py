@@ -547,6 +547,7 @@ OPTIONS: tuple[Option, ...] = (
         pyxis=False,
         checks=early.NETWORK,
     ),
+    # Here come, each with what it needs: limit, publish, rdma.
 )
 
 # Variables with which users name an interface. Where the container does not have it, the

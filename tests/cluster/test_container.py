@@ -250,36 +250,12 @@ def test_steps_at_the_same_time_do_not_share_files(idle: Cluster) -> None:
     assert sorted(done.stdout.split()) == ["0", "1"], done.stderr
 
 
-@both_forms
-def test_readonly(idle: Cluster, form: str) -> None:
-    script = "for d in / /tmp /etc ~; do touch $d/x 2>/dev/null && echo wrote $d; done; touch /dev/shm/x /m/x; echo end"
-    options = ("--container-readonly", "--container-mounts=/shared/data:/m")
-    assert shell(idle, script, *options, image=form) == "end\n"
-    assert shell(idle, "touch /tmp/x ~/x; echo wrote", "--container-writable", image=form) == "wrote\n"
-
-
-def test_readonly_cannot_be_undone(idle: Cluster) -> None:
-    script = "mount -o remount,rw /; unshare -Urm mount -o remount,rw /; touch /x || echo ro"
-    done = srun(idle, "--container-readonly", "sh", "-c", script)
-    assert done.stdout == "ro\n"
-
-
 def test_size_limit_cannot_be_changed(idle: Cluster) -> None:
     script = "for d in /dev/shm /; do unshare -Urm mount -o remount,size=20G $d; done; df -m /dev/shm /"
     done = srun(idle, "sh", "-c", script)
     rows = [row.split() for row in done.stdout.splitlines()[1:]]
     assert rows[1][1] == "2048"
     assert rows[0][1] != "20480"
-
-
-def test_mount_home(idle: Cluster) -> None:
-    home = idle.layout.homes / "usera"
-    out = shell(idle, "echo ~; echo from inside >~/note; stat -c %u ~", "--container-mount-home")
-    assert out == "/home/usera\n61001\n"
-    assert (home / "note").read_text() == "from inside\n"
-    out = shell(idle, "echo ~; cat ~/note; stat -c %u ~", "--container-mount-home", "--container-remap-root")
-    assert out == "/root\nfrom inside\n0\n"
-    assert shell(idle, "ls ~; stat -c %a ~", "--no-container-mount-home") == "700\n"
 
 
 # -- mounts ------------------------------------------------------------------------------------------------

@@ -5,6 +5,8 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+from enclos.runtime.settings import OPTIONS
+
 ROOT = Path(__file__).resolve().parents[2]
 
 
@@ -26,3 +28,20 @@ def test_each_row_names_a_test_that_exists() -> None:
 def test_each_behaviour_has_one_row() -> None:
     names = [row[0] for row in rows()]
     assert len(names) == len(set(names)) > 40
+
+
+# Options whose tests stand in the file of another one, or in the file of what they are about.
+ELSEWHERE = {
+    "network": "test_network.py",
+    "name": "test_named.py",
+    "save": "test_named.py",
+    "readonly": "test_option_writable.py",
+    "entrypoint-log": "test_option_entrypoint.py",
+}
+
+
+def test_each_option_has_its_file_of_tests() -> None:
+    for key in {option.key for option in OPTIONS}:
+        path = ROOT / "tests/cluster" / ELSEWHERE.get(key, f"test_option_{key.replace('-', '_')}.py")
+        assert path.exists(), key
+        assert f"--container-{key}" in path.read_text(), key
