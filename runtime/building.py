@@ -153,12 +153,10 @@ class NodeStep(Step):
             raise errors.image_not_found(wanted.image) from error
         except BadReference as error:
             raise errors.bad_image_reference(wanted.image, str(error)) from error
-        if not reference.is_registry:
-            raise errors.bad_image_reference(wanted.image, "archives and layouts are not imported on nodes yet")
         kept = self._turn.named.image_key if self._turn is not None and self._turn.named is not None else ""
         digest = kept or reference.digest or wanted.image_digest()
         ids = (wanted.uid, wanted.gid, wanted.groups)
-        want = want_of(reference, digest, ids, wanted.home, wanted.auth_file, wanted.runtime_directory)
+        want = want_of(reference, digest, ids, wanted.home, wanted.auth_file, wanted.runtime_directory, wanted.cwd)
         record = await self._around.imports.obtain(want, self._tell)
         self._image = record
         self.record["digest"] = record.digest

@@ -287,6 +287,15 @@ def bad_image_reference(reference: str, detail: str) -> EnclosError:
     )
 
 
+def local_image_missing(reference: str) -> EnclosError:
+    """The archive or layout does not exist on this node."""
+    return UserError(
+        _image(reference),
+        "image not found",
+        hint="archives and layouts are looked up on the compute node; is the path on a shared file system?",
+    )
+
+
 def registry_unknown(reference: str, registry: str) -> EnclosError:
     """The registry's name has no address."""
     return UserError(

@@ -25,8 +25,13 @@ class BadBlob(ValueError):
 class Blob:
     """One blob, read from its start; `read` is what tar.Reader wants. `finish` has to be called."""
 
-    def __init__(self, fd: int, digest: str = "") -> None:
-        """Takes over the descriptor. `digest` is `sha256:HEX` of the blob's bytes, "" for one that is not checked."""
+    def __init__(self, fd: int, digest: str = "", offset: int = 0, size: int | None = None) -> None:
+        """Takes over the descriptor.
+
+        Args:
+            digest: `sha256:HEX` of the blob's bytes, "" for one that is not checked.
+            offset, size: where it is in the file, in bytes; without a size, up to the end.
+        """
         self._fd = fd
         self._digest = digest
         self._hash = hashlib.sha256()
@@ -35,8 +40,9 @@ class Blob:
         self._gzip: zlib._Decompress | None = None
         self._zstd: subprocess.Popen[bytes] | None = None
         self._feeder: threading.Thread | None = None
-        os.lseek(fd, 0, os.SEEK_SET)
-        magic = os.pread(fd, 4, 0)
+        self._room = 1 << 62 if size is None else size
+        os.lseek(fd, offset, os.SEEK_SET)
+        magic = os.pread(fd, min(4, self._room), offset)
         if magic[:2] == GZIP:
             self._gzip = zlib.decompressobj(31)
         elif magic == ZSTD:
@@ -77,7 +83,8 @@ class Blob:
             self._fd = -1
 
     def _raw(self) -> bytes:
-        data = os.read(self._fd, CHUNK)
+        data = os.read(self._fd, min(CHUNK, self._room))
+        self._room -= len(data)
         self._hash.update(data)
         return data
 

@@ -28,10 +28,15 @@ class PackFailed(OSError):
 
 @dataclass(frozen=True, slots=True)
 class Layer:
-    """A blob that is there: `open` gives a new descriptor of it, `digest` is what its bytes have to match."""
+    """A blob that is there: `open` gives a new descriptor of it, `digest` is what its bytes have to match.
+
+    `offset` and `bytes` say where it is in the file; without a number of bytes, it goes to the end.
+    """
 
     open: Callable[[], int]
     digest: str = ""
+    offset: int = 0
+    bytes: int | None = None
 
 
 class _Blobs:
@@ -46,7 +51,7 @@ class _Blobs:
 
     def _reader(self, layer: Layer) -> tar.Reader:
         self.finish()  # One at a time: the layer before has been read to its end of archive.
-        blob = Blob(layer.open(), layer.digest)
+        blob = Blob(layer.open(), layer.digest, layer.offset, layer.bytes)
         self._open.append(blob)
         return tar.Reader(blob.read)
 

@@ -14,6 +14,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
+import functools
 import hashlib
 import os
 import select
@@ -24,14 +25,15 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from enclos.runtime import errors, protocol
+from enclos.runtime import errors, linux, protocol
 from enclos.runtime.builder import Builder
-from enclos.runtime.images import convert, fetch, manifest, reference, sandbox
+from enclos.runtime.images import convert, fetch, local, manifest, reference, sandbox
 from enclos.runtime.images.blob import BadBlob
 from enclos.runtime.images.convert import Layer, PackFailed
 from enclos.runtime.images.fetch import Credentials
 from enclos.runtime.images.flatten import BadLayer, NeedsBase, TooLarge
 from enclos.runtime.images.layout import Store
+from enclos.runtime.images.local import Source
 from enclos.runtime.images.manifest import LayerInfo
 from enclos.runtime.images.order import Order
 from enclos.runtime.images.reference import Reference
@@ -92,13 +94,17 @@ class Importer:
         self._store = Store(order.store)
         self._reference: Reference = reference.parse(order.image, order.default_registry)
         self._running: list[Sandbox] = []
+        # Of an archive or layout: the user's file or directory, and where in it the layers are.
+        self._local_fd = -1
+        self._sources: dict[str, Source] = {}
+        self._config = ""
 
     def run(self) -> None:
         try:
             if self._order.digest:
                 self._reference = self._reference.pinned(self._order.digest)
-            credentials = self._credentials()
-            resolved = self._resolve(credentials)
+            credentials = self._credentials() if self._reference.is_registry else Credentials()
+            resolved = self._resolve(credentials) if self._reference.is_registry else self._resolve_local()
             reuse = self._await_order()
             self._import(resolved, credentials, reuse)
         except OSError as error:
@@ -116,10 +122,45 @@ class Importer:
     def _credentials(self) -> Credentials:
         """Open what there is of the user's credentials, as the user; nothing of it is read here."""
         order = self._order
-        as_user = Builder(self._channel, order.uid, order.gid, order.groups).as_user
-        with contextlib.nullcontext() if order.own else as_user():
+        with self._as_user():
             found = [tuple(map(_open_text, paths)) for paths in (order.auth_files, order.netrc_files)]
         return Credentials(*(tuple(fd for fd in fds if fd >= 0) for fds in found))
+
+    def _as_user(self) -> contextlib.AbstractContextManager[None]:
+        order = self._order
+        if order.own:
+            return contextlib.nullcontext()
+        return Builder(self._channel, order.uid, order.gid, order.groups).as_user()
+
+    def _open_local(self) -> None:
+        """Open the archive or the layout's directory, as the user."""
+        image = self._order.image
+        is_directory = self._reference.kind in ("oci", "dir")
+        flags = os.O_PATH | os.O_DIRECTORY if is_directory else os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY
+        try:
+            with self._as_user():
+                self._local_fd = open_as_user(os.path.join(self._order.directory, self._reference.path), flags)
+        except OSError as error:
+            if error.errno in (errno.EACCES, errno.EPERM):
+                raise errors.image_not_readable(image) from error
+            if error.errno == errno.ENOTDIR and is_directory:
+                raise errors.image_bad_manifest(image, "it is no directory") from error
+            raise errors.local_image_missing(image) from error
+        if not is_directory and not stat.S_ISREG(os.fstat(self._local_fd).st_mode):
+            raise errors.image_bad_manifest(image, "it is no regular file")
+
+    def _open_inside(self, name: str) -> int:
+        """A file of the layout, for a sandbox that names it: as the user, and nowhere but below his directory."""
+        rules = linux.RESOLVE_BENEATH | linux.RESOLVE_NO_MAGICLINKS | linux.RESOLVE_NO_SYMLINKS
+        try:
+            with self._as_user():
+                fd = linux.openat2(self._local_fd, name, os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY, resolve=rules)
+        except OSError:
+            return -1
+        if stat.S_ISREG(os.fstat(fd).st_mode):
+            return fd
+        os.close(fd)
+        return -1
 
     # --- resolving --------------------------------------------------------------------------------------------
 
@@ -135,6 +176,42 @@ class Importer:
         self._tell("resolved", ("digest", resolved.digest), ("private", message.get("private")),
                    *(("layer", f"{layer.digest} {layer.bytes}") for layer in layers))  # fmt: skip
         return resolved
+
+    def _resolve_local(self) -> Resolved:
+        """The same for an image on disk, where a sandbox without network looks."""
+        self._open_local()
+        archive_fd = -1 if self._reference.kind in ("oci", "dir") else self._local_fd
+        job = local.job_read(self._reference, archive_fd, self._order.limits.bytes)
+        rights = Rights(self._order.slot, False, self._order.memory, 1 << 20, own=self._order.own)
+        running = self._start("read", job, rights, fds=[archive_fd] if archive_fd >= 0 else [])
+        resolved: Resolved | None = None
+        while (message := self._receive(running)) is not None:
+            match message.get("state"):
+                case "open":
+                    self._answer_open(running, message.get("name"))
+                case "resolved":
+                    layers = tuple(_layer(text) for text in message.all("layer"))
+                    resolved = Resolved(message.get("digest"), layers, _layer(message.get("config")))
+                case "source":
+                    digest, offset, size, name = message.get("source").split(" ", 3)
+                    self._sources[digest] = Source(name, int(offset), int(size))
+                case "config":
+                    self._config = message.get("text")
+        status = running.wait()
+        self._end(running)
+        if resolved is None or not self._config:
+            raise errors.import_failed(self._order.image, _ended(status))
+        self._tell("resolved", ("digest", resolved.digest), ("private", "1"),
+                   *(("layer", f"{layer.digest} {layer.bytes}") for layer in resolved.layers))  # fmt: skip
+        return resolved
+
+    def _answer_open(self, running: Sandbox, name: str) -> None:
+        fd = self._open_inside(name)
+        try:
+            protocol.send(running.channel, [("state", "given")], [fd] if fd >= 0 else [])
+        finally:
+            if fd >= 0:
+                os.close(fd)
 
     def _await_order(self) -> frozenset[str]:
         """The agent's word to go on, with the parts that need not be built."""
@@ -174,13 +251,34 @@ class Importer:
             for index, group in enumerate(groups)
         ]
         wanted = [index for index, key in enumerate(keys) if key not in reuse]
+        if not self._reference.is_registry:
+            Build(self, None, groups, keys, wanted, self._open_source, self._config).run()
+            return
         needed = {layer.digest for index in wanted for layer in groups[index]}
         self._prepare_work(resolved, needed)
         largest = max([layer.bytes for layer in resolved.layers], default=0)
         job = fetch.job_download(self._reference, credentials, resolved.digest, resolved.layers, resolved.config)
         work = self._store.work_path(resolved.digest)
         fetcher = self._start("fetch", job, self._fetch_rights(largest + (1 << 20)), work, credentials.fds)
-        Build(self, fetcher, work, groups, keys, wanted).run()
+
+
+        def open_blob(digest: str) -> tuple[int, int, int | None]:
+            return _open_blob(f"{work}/blobs/sha256/{digest.partition(':')[2]}"), 0, None
+
+        Build(self, fetcher, groups, keys, wanted, open_blob).run()
+
+    def _open_source(self, digest: str) -> tuple[int, int, int | None]:
+        """A layer of an image on disk: a file of the layout, or a part of the archive."""
+        source = self._sources[digest]
+        if source.name:
+            fd = self._open_inside(source.name)
+        else:
+            # Not a copy of the descriptor: converters read side by side, each from a place of its own.
+            with self._as_user():
+                fd = os.open(f"/proc/self/fd/{self._local_fd}", os.O_RDONLY | os.O_CLOEXEC)
+        if fd < 0:
+            raise errors.image_bad_manifest(self._order.image, "a layer of it cannot be opened any more")
+        return fd, source.offset, source.bytes
 
     def _prepare_work(self, resolved: Resolved, needed: set[str]) -> None:
         """The work directory, the slot's now. An empty file stands for a layer that need not be fetched (fetch.py)."""
@@ -259,23 +357,26 @@ class Build:
     def __init__(
         self,
         importer: Importer,
-        fetcher: Sandbox,
-        work: str,
+        fetcher: Sandbox | None,
         groups: Sequence[Sequence[LayerInfo]],
         keys: Sequence[str],
         wanted: Sequence[int],
+        open_blob: Callable[[str], tuple[int, int, int | None]],
+        config: str | None = None,
     ) -> None:
+        """`open_blob` gives descriptor, offset and length of a layer's blob. Without a fetcher all are there."""
         self._importer = importer
         self._order = importer._order
-        self._fetcher: Sandbox | None = fetcher
-        self._work = work
+        self._fetcher = fetcher
+        self._open_blob = open_blob
         self._groups = groups
         self._keys = keys
         self._waiting = list(wanted)
         self._total = len(wanted)
-        self._arrived: set[str] = set()
+        everything = {layer.digest for group in groups for layer in group}
+        self._arrived: set[str] = set() if fetcher is not None else everything
         self._converting: dict[Sandbox, tuple[int, int]] = {}
-        self._config: str | None = None
+        self._config = config
 
     def run(self) -> None:
         try:
@@ -324,11 +425,14 @@ class Build:
         with contextlib.ExitStack() as stack:
             stack.callback(os.close, output_fd)
             os.fchown(output_fd, order.slot, order.slot)
-            blobs = []
+            layers: list[Layer] = []
+            blobs: list[int] = []
             for layer in group:
-                blobs.append(_open_blob(f"{self._work}/blobs/sha256/{layer.digest.partition(':')[2]}"))
-                stack.callback(os.close, blobs[-1])
-            job = job_convert(order, blobs, [layer.digest for layer in group], index == 0, output_fd)
+                fd, offset, size = self._open_blob(layer.digest)
+                stack.callback(os.close, fd)
+                blobs.append(fd)
+                layers.append(Layer(functools.partial(os.dup, fd), layer.digest, offset, size))
+            job = job_convert(order, layers, index == 0, output_fd)
             rights = Rights(order.slot, False, order.memory, order.limits.bytes, own=order.own)
             running = self._importer._start("convert", job, rights, fds=[output_fd, *blobs])
             self._converting[running] = (index, os.dup(output_fd))
@@ -353,13 +457,12 @@ class Build:
 
 
 def job_convert(
-    order: Order, blob_fds: Sequence[int], digests: Sequence[str], lowest: bool, output_fd: int
+    order: Order, layers: Sequence[Layer], lowest: bool, output_fd: int
 ) -> Callable[[socket.socket], None]:
     """The sandbox's job: some layers to one squashfs file, which is open already."""
 
     def run(channel: socket.socket) -> None:
-        shown = digests[-1] if len(digests) == 1 else ""
-        layers = [Layer(lambda fd=fd: os.dup(fd), digest) for fd, digest in zip(blob_fds, digests, strict=True)]  # type: ignore[misc]
+        shown = layers[0].digest if len(layers) == 1 else ""
         try:
             convert.pack(layers, lowest, order.limits, order.packing, f"/proc/self/fd/{output_fd}")
         except NeedsBase:

@@ -43,6 +43,12 @@ class Want:
     groups: tuple[int, ...]
     auth_files: tuple[str, ...]
     netrc_files: tuple[str, ...]
+    directory: str = "/"
+
+    @property
+    def source(self) -> str:
+        """What a right to the image is a right to. An image on disk is nobody's but the user's who could read it."""
+        return self.reference.source or f"local:{self.uid}"
 
 
 @dataclass(slots=True)
@@ -104,7 +110,7 @@ class Imports:
             if record is not None and self.cache.may_have(record, want.uid):
                 return record
             running = self._running.get(want.digest)
-            if running is not None and (running.source, running.uid) == (want.reference.source, want.uid):
+            if running is not None and (running.source, running.uid) == (want.source, want.uid):
                 return await self._await(running, progress)
         while True:
             found = await self._resolve(want, progress)
@@ -113,7 +119,7 @@ class Imports:
 
     async def _resolve(self, want: Want, progress: Progress) -> ImageRecord | None:
         """Ask the registry as this user, and go on as it answers; None to ask again."""
-        source = want.reference.source
+        source = want.source
         with contextlib.ExitStack() as stack:
             slot = await self._slots.get()
             stack.callback(self._slots.put_nowait, slot)
@@ -149,15 +155,15 @@ class Imports:
         except ChildDied:
             return None
         except errors.EnclosError as error:
-            if error.transient or running.source != want.reference.source:
+            if error.transient or running.source != want.source:
                 return None
             raise
-        if running.source != want.reference.source:
+        if running.source != want.source:
             return None
-        return self.cache.grant(record, want.uid, want.reference.source, resolved.private)
+        return self.cache.grant(record, want.uid, want.source, resolved.private)
 
     def _import(self, want: Want, child: Child, resolved: _Resolved, owned: contextlib.ExitStack) -> _Running:
-        running = _Running(want.reference.source, want.uid, asyncio.get_running_loop().create_future())
+        running = _Running(want.source, want.uid, asyncio.get_running_loop().create_future())
         self._running[resolved.digest] = running
         # Without a reader the event loop would report the exception as lost.
         running.done.add_done_callback(lambda done: done.cancelled() or done.exception())
@@ -203,7 +209,7 @@ class Imports:
         self, running: _Running, want: Want, child: Child, resolved: _Resolved, made: list[Part]
     ) -> ImageRecord:
         begin = time.monotonic()
-        source = want.reference.source
+        source = want.source
         known = {part.key: part for record in self.cache.records() for part in record.parts}
         groups = manifest.group(resolved.layers)
         keys = self._keys(groups)
@@ -305,6 +311,7 @@ class Imports:
             limits=self._limits,
             memory=amount(self._config.memory),
             packing=self._packing,
+            directory=want.directory,
         )
 
 
@@ -346,7 +353,13 @@ def _raise_error(message: Message) -> None:
 
 
 def want_of(
-    reference: Reference, digest: str, ids: tuple[int, int, tuple[int, ...]], home: str, auth_file: str, runtime: str
+    reference: Reference,
+    digest: str,
+    ids: tuple[int, int, tuple[int, ...]],
+    home: str,
+    auth_file: str,
+    runtime: str,
+    directory: str = "/",
 ) -> Want:
     """Where a user's credentials may be, in the order in which skopeo looks; enroot's after them."""
     uid, gid, groups = ids
@@ -355,4 +368,4 @@ def want_of(
         files += [f"{runtime}/containers/auth.json"] if runtime else []
         files += [f"{home}/.config/containers/auth.json", f"{home}/.docker/config.json"] if home else []
     netrc = (f"{home}/.config/enroot/.credentials",) if home else ()
-    return Want(reference, digest, uid, gid, groups, tuple(files), netrc)
+    return Want(reference, digest, uid, gid, groups, tuple(files), netrc, directory)

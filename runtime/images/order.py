@@ -29,7 +29,8 @@ class Order:
     """What the agent orders, as fields of one packet.
 
     `whole` wants one squashfs file of all layers instead of parts. `own` is the order of a user to his own importer,
-    which is root in a namespace where nobody else is: there are no other ids to take.
+    which is root in a namespace where nobody else is: there are no other ids to take. `directory` is where relative
+    paths of archives and layouts begin.
     """
 
     image: str
@@ -47,6 +48,7 @@ class Order:
     packing: Packing
     whole: bool = False
     own: bool = False
+    directory: str = "/"
 
     @classmethod
     def read(cls, message: Message) -> Order:
@@ -66,6 +68,7 @@ class Order:
             Packing(message.get("compression"), message.number("level"), message.number("block")),
             message.get("whole") == "1",
             message.get("own") == "1",
+            message.get("directory", "/"),
         )
 
     def fields(self) -> list[tuple[str, str]]:
@@ -88,4 +91,5 @@ class Order:
             ("block", str(self.packing.block_bytes)),
             ("whole", str(int(self.whole))),
             ("own", str(int(self.own))),
+            ("directory", self.directory),
         ]

@@ -88,6 +88,11 @@ class Reader:
             position = offset + length
         _zeros(member.size - position, write)
 
+    def skipped(self, count: int) -> None:
+        """The caller has moved the stream past so many bytes of the member's data."""
+        self.position += count
+        self._left -= count
+
     # --- bytes ------------------------------------------------------------------------------------------------
 
     def _exactly(self, count: int) -> bytes:

@@ -238,6 +238,60 @@ def test_an_index_gives_the_image_of_this_machine(registry: Registry, store: Sto
     assert said == "image is not for this kind of node (no image for linux/amd64, only for linux/sparc)"
 
 
+LOCAL = {
+    "oci": "oci:{}/layout:t",
+    "oci without a tag": "oci:{}/layout",
+    "oci-archive": "oci-archive:{}/oci.tar:t",
+    "docker-archive": "docker-archive:{}/docker.tar",
+    "dir": "dir:{}/dir",
+}
+
+
+@pytest.mark.parametrize("kind", LOCAL)
+def test_an_image_on_disk(store: Store, tmp_path: Path, home: Path, kind: str) -> None:
+    """Read as its user, whose home is closed to everybody else; nothing of it is copied."""
+    write_layout(home / "layout", LAYERS, config={"Env": ["A=1"]})
+    source = f"oci:{home}/layout:t"
+    for target in (f"oci-archive:{home}/oci.tar:t", f"docker-archive:{home}/docker.tar:a:t", f"dir:{home}/dir"):
+        subprocess.run(["skopeo", "copy", "-q", source, target], check=True, capture_output=True)
+    subprocess.run(["chown", "-R", f"{USER}:{USER}", str(home)], check=True)
+    subprocess.run(["chmod", "-R", "go=", str(home)], check=True)
+    image = LOCAL[kind].format(home)
+    keys, message = imported(image, store)
+    assert message["config"] == ['{"Env": ["A=1"]}'] and left(store)["work"] == []
+    paths = sorted((Path(store.part_path(key)) for key in keys), key=lambda path: -path.stat().st_size)
+    with mounted(paths, tmp_path) as root:
+        assert listing(root) == listing(umoci_unpack(home / "layout", tmp_path / "bundle"))
+    said = Import(image, store, uid=USER + 1, gid=USER + 1).error()
+    assert said == "image is not readable (permission denied)"
+
+
+def test_what_is_no_image_on_disk(store: Store, tmp_path: Path, home: Path) -> None:
+    write_layout(home / "layout", LAYERS[:1])
+    write_layout(home / "layout", LAYERS[1:2], tag="other")
+    (home / "text").write_text("hello" * 1000)
+    (home / "empty").mkdir()
+    (home / "escape").mkdir()
+    (home / "escape/index.json").symlink_to("/etc/passwd")
+    (home / "out.tar").write_bytes(layer([Entry("manifest.json", "symlink", target="/etc/passwd")]))
+    assert {image: Import(image.format(home), store).error() for image in NO_IMAGES} == NO_IMAGES
+    assert left(store) == {"images": [], "parts": [], "work": []}
+
+
+NO_IMAGES = {
+    "oci:{}/nothing": "image not found ()",
+    "oci-archive:{}/nothing": "image not found ()",
+    "oci:{}/layout:x": "image cannot be used (it has no tag x; its tags: other, t)",
+    "oci:{}/layout": "image cannot be used (which of its tags: other, t)",
+    "oci:{}/text": "image cannot be used (it is no directory)",
+    "oci:{}/empty": "image cannot be used (it has no file index.json)",
+    "oci:{}/escape": "image cannot be used (it has no file index.json)",
+    "oci-archive:{}/empty": "image cannot be used (it is no regular file)",
+    "oci-archive:{}/text": "image cannot be used (no tar archive: no header of a member at byte 0)",
+    "docker-archive:{}/out.tar": "image cannot be used (the archive has no file manifest.json)",
+}
+
+
 BAD_LAYERS = {
     "dots": (layer([Entry("../etc/passwd")]), "the member ../etc/passwd has '..' in its path"),
     "absolute": (layer([Entry("/etc/passwd")]), "the member /etc/passwd has an absolute path"),

@@ -46,6 +46,7 @@ SAMPLES: dict[str, tuple[object, ...]] = {
     "no_own_store": (),
     "image_place_missing": (IMAGE, "/proc", errno.ENOTDIR),
     "bad_image_reference": ("ubuntu:24.04", "it is no path, and the site has no default registry"),
+    "local_image_missing": ("oci:layout:1.2",),
     "registry_unknown": (TOOL, "registry.site:5000"),
     "registry_unreachable": (TOOL, "registry.site:5000", "connection refused"),
     "registry_tls": (TOOL, "registry.site:5000", "x509: certificate signed by unknown authority"),
