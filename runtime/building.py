@@ -16,7 +16,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from enclos.netns import facts, namespace, relay
-from enclos.runtime import cgroup, environment, errors, linux, plan, policy, seccomp, stepd
+from enclos.runtime import cgroup, environment, errors, linux, plan, policy, seccomp, stepd, stored
 from enclos.runtime.connection import wait_readable
 from enclos.runtime.container import Container, Lent, clone_directories
 from enclos.runtime.devices import choice
@@ -82,7 +82,7 @@ class NodeStep(Step):
         # Where progress of an import is shown: at the first task.
         self.progress: Callable[[str], None] | None = None
         self._last_words = ""
-        self._importing: asyncio.Task[ImageRecord] | None = None
+        self._importing: asyncio.Task[plan.CachedImage] | None = None
         self._image: ImageRecord | None = None
         self.ready: asyncio.Task[JoinReply] | None = None
         self._early: asyncio.Task[None] | None = None
@@ -142,8 +142,8 @@ class NodeStep(Step):
 
     # --- the image --------------------------------------------------------------------------------------------
 
-    async def _import(self) -> ImageRecord:
-        """Get an image of a registry into the node's cache; without the deadline of a build."""
+    async def _import(self) -> plan.CachedImage:
+        """Find an image of a registry in a store, or get it into the node's cache; without the deadline of a build."""
         wanted = self._settled
         config = self._around.config
         policy.decide(wanted, config)
@@ -155,13 +155,21 @@ class NodeStep(Step):
             raise errors.bad_image_reference(wanted.image, str(error)) from error
         kept = self._turn.named.image_key if self._turn is not None and self._turn.named is not None else ""
         digest = kept or reference.digest or wanted.image_digest()
+        found = None
+        if reference.is_registry:
+            found = await stored.find(self._around.spawner, config, wanted, reference.canonical(), digest)
+        if found is not None:
+            self.record["digest"] = found.digest
+            self._mark("stored")
+            return plan.CachedImage((), found.config, found.path)
         ids = (wanted.uid, wanted.gid, wanted.groups)
         want = want_of(reference, digest, ids, wanted.home, wanted.auth_file, wanted.runtime_directory, wanted.cwd)
         record = await self._around.imports.obtain(want, self._tell)
         self._image = record
         self.record["digest"] = record.digest
         self._mark("image")
-        return record
+        store = self._around.imports.cache.store
+        return plan.CachedImage(tuple(store.part_path(part.key) for part in record.parts), record.config)
 
     def _tell(self, text: str) -> None:
         self._last_words = errors.printable(text[:NOTICE_CHARACTERS])
@@ -171,9 +179,7 @@ class NodeStep(Step):
     async def _cached_image(self) -> plan.CachedImage:
         if self._importing is None:
             return plan.NO_IMAGE
-        record = await asyncio.shield(self._importing)
-        store = self._around.imports.cache.store
-        return plan.CachedImage(tuple(store.part_path(part.key) for part in record.parts), record.config)
+        return await asyncio.shield(self._importing)
 
     def _release_image(self) -> None:
         if self._image is not None:

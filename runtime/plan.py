@@ -60,10 +60,14 @@ class NodeFacts:
 
 @dataclass(frozen=True, slots=True)
 class CachedImage:
-    """An image of the node's cache: its squashfs files, lowest first, and the JSON text of its configuration."""
+    """An image that was not named by its path, and the JSON text of its configuration.
+
+    Either the squashfs files of the node's cache, lowest first, or `path`, the file of a store.
+    """
 
     parts: tuple[str, ...]
     config: str
+    path: str = ""
 
 
 NO_IMAGE = CachedImage((), "{}")
@@ -135,11 +139,14 @@ def _early(
     # As root: what only root may mount, and what has to be read before the image is the root.
     yield op.LookUpAccounts(node.slurm.accounts if node.slurm else ())
     beside = kept is not None and kept.beside
+    path = request.image_path() or image.path
     if beside:
         yield op.StageBeside()
     elif request.image_path():
         wanted_key = kept.image_key if kept else ""
-        yield op.OpenImage(request.image_path(), config.images.user_files, request.name, wanted_key)
+        yield op.OpenImage(path, config.images.user_files, request.name, wanted_key)
+    elif path:  # A store's, by its digest: that is the key of a named container, too.
+        yield op.OpenImage(path, config.images.user_files, config=image.config)
     else:
         yield op.OpenParts(request.image, image.parts, image.config)
     yield op.StageText("resolv.conf", "/etc/resolv.conf")
@@ -172,9 +179,9 @@ def _early(
     yield op.BecomeUser()
     yield op.EnterUserNamespace(maps.uid_map, maps.gid_map)
     yield op.EnterNamespaces()
-    if request.image_path() and not beside:
-        yield op.CloneDirectoryImage(request.image_path())
-        yield op.AwaitServer(request.image_path())
+    if path and not beside:
+        yield op.CloneDirectoryImage(path)
+        yield op.AwaitServer(path)
     if config.mounts.user:
         yield op.CloneImageMounts(known)
     for index, (mount, option) in enumerate(wanted):

@@ -27,7 +27,7 @@ _enclos()
 		words="--help --json"
 		;;
 	"image resolve"*)
-		words="--help --json --authfile"
+		words="--help --json --registry --authfile"
 		;;
 	"image export"*)
 		words="--help --json"

@@ -7,6 +7,7 @@ done is images/pulling.py's and images/filestore.py's.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import shutil
@@ -24,6 +25,7 @@ from enclos.runtime.images.stores import Places
 from enclos.runtime.settings import Config
 
 DAY = 86400
+NAMED = "its name, or eight or more digits of its digest"
 HEAD = ("NAME", "DIGEST", "SIZE", "AGE", "STORE")
 
 
@@ -78,6 +80,16 @@ class Work:
                 return kind, store, found
         raise errors.image_not_in_store(text, [store.directory for _, store in places])
 
+    def stored_digest(self, name: str) -> str:
+        """What a step gets for that name from the stores, "" if it is in none."""
+        for _, store in self.all():
+            # One that cannot be read is passed over, as on a node.
+            with contextlib.suppress(OSError, ValueError):
+                digest = store.digest_of(name)
+                if digest and store.find(digest) is not None:
+                    return digest
+        return ""
+
 
 def _begins(digest: str, text: str) -> bool:
     digits = text.removeprefix("sha256:")
@@ -95,21 +107,22 @@ def _parser() -> common.Parser:
         return added
 
     pull = verb("pull", _pull, "bring images from a registry into your store")
-    pull.add_argument("image", nargs="+", help="docker://REGISTRY/NAME:TAG and its like")
+    pull.add_argument("image", nargs="+", help="as docker://REGISTRY/NAME:TAG")
     pull.add_argument("--authfile", default="", metavar="FILE", help="credentials, as skopeo has them")
     verb("ls", _ls, "list the images of your store and the site's")
-    verb("inspect", _inspect, "show what is known of an image").add_argument("image", help="a name, digest or file")
-    verb("rm", _rm, "remove images from your store").add_argument("image", nargs="+", help="a name or digest")
+    verb("inspect", _inspect, "show what is known of an image").add_argument("image", help=NAMED)
+    verb("rm", _rm, "remove images from your store").add_argument("image", nargs="+", help=NAMED)
     collect = verb("gc", _gc, "remove images without a name, and what interrupted pulls left")
     collect.add_argument("--unused", type=int, default=-1, metavar="DAYS", help="and images not used for so long")
     export = verb("export", _export, "write an image to a squashfs file")
-    export.add_argument("image", help="a name or digest")
+    export.add_argument("image", help=NAMED)
     export.add_argument("file", help="the file; one that is there is left alone")
     bring = verb("import", _import, "take a squashfs file into your store under a name")
     bring.add_argument("file")
     bring.add_argument("name", help="NAME:TAG")
-    resolve = verb("resolve", _resolve, "show the digest that an image has at its registry now")
-    resolve.add_argument("image")
+    resolve = verb("resolve", _resolve, "show the digest that a step would run: of the stores, else of the registry")
+    resolve.add_argument("image", help="as docker://REGISTRY/NAME:TAG")
+    resolve.add_argument("--registry", action="store_true", help="ask the registry in any case")
     resolve.add_argument("--authfile", default="", metavar="FILE", help="credentials, as skopeo has them")
     return parser
 
@@ -207,7 +220,8 @@ def _resolve(work: Work) -> int:
     wanted = work.reference(work.given.image)
     if not wanted.is_registry:
         raise errors.bad_image_reference(wanted.text, "only images of registries have a digest there")
-    digest = Puller(work.config, lambda text: None, work.given.authfile).resolve(wanted)
+    digest = "" if work.given.registry else work.stored_digest(wanted.canonical())
+    digest = digest or Puller(work.config, lambda text: None, work.given.authfile).resolve(wanted)
     return _say(work, wanted.pinned(digest).canonical(), {"image": wanted.canonical(), "digest": digest})
 
 

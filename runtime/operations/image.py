@@ -30,8 +30,8 @@ class CloneImageMounts:
         return f"take what {FSTAB} of the image mounts"
 
     def execute(self, builder: Builder) -> None:
-        if "lower" not in builder.fds:
-            return  # An image from a registry: what its fstab says is for a machine of its own.
+        if "config" in builder.texts or "lower" not in builder.fds:
+            return  # An image from a registry: its fstab is for a machine. Or the container is there already.
         data = rootfs.read_file(builder.fds["lower"], FSTAB)
         builder.image_mounts, warnings = facts.fstab(data, dict(self.known))
         builder.results += [("warning", text) for text in warnings]

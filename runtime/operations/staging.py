@@ -180,7 +180,8 @@ class OpenImage:
     """Open the image as the user, and make it the lower layer.
 
     A squashfs file is mounted once per node; this builder mounts it if no other has. The kernel parses only
-    files that root wrote, unless the site trusts its users' images; others are served by squashfuse.
+    files that root wrote, unless the site trusts its users' images; others are served by squashfuse. `config` is what
+    a store says about a file of its own.
 
     For a named container (`name`) it has to be the image that the container was created from (`wanted_key`).
     """
@@ -189,12 +190,15 @@ class OpenImage:
     user_files: str
     name: str = ""
     wanted_key: str = ""
+    config: str = ""
 
     def describe(self) -> str:
         return f"open image {self.path}" + (f", as it was when {self.name} was created" if self.wanted_key else "")
 
     def execute(self, builder: Builder) -> None:
         builder.image_path = self.path
+        if self.config:
+            builder.texts["config"] = self.config.encode(errors="surrogateescape")
         with builder.as_user():
             fd = builder.keep("image", self._open())
             status = os.fstat(fd)

@@ -125,6 +125,22 @@ def test_resolve(caller: Caller, registry: Registry) -> None:
     assert not Path(caller.store.directory).exists()
 
 
+def test_resolve_says_what_a_step_would_run(caller: Caller, registry: Registry) -> None:
+    """A tag that was moved in the registry after the pull means what it meant, until the next pull."""
+    tag = f"moving{caller.uid}"
+    image = f"small:{tag}"
+    assert caller.run("pull", image).returncode == 1
+    registry.push(registry.folder / "small", "small", tag)
+    assert caller.run("pull", image).returncode == 0
+    before = caller.json("resolve", image)["digest"]
+    registry.push(registry.folder / "big", "small", tag)
+    assert caller.json("resolve", image)["digest"] == before
+    after = caller.json("resolve", "--registry", image)["digest"]
+    assert after != before
+    assert caller.run("pull", image).returncode == 0
+    assert caller.json("resolve", image)["digest"] == after
+
+
 @pytest.mark.parametrize(("words", "text"), [
     (["pull", "missing:t"], "image not found"),
     (["pull", "/etc/passwd"], "only images of registries can be pulled"),

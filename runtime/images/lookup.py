@@ -1,0 +1,44 @@
+"""Looks for an image of a registry in the site's and the user's store, as the user.
+
+A task of the zygote: a shared file system may hang, and what a user wrote into his store is read with his rights. The
+answer is a path, which the builder opens as the user like any other, and the text of the image's configuration.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+
+from enclos.runtime import linux
+from enclos.runtime.images import stores
+from enclos.runtime.images.filestore import FileStore
+from enclos.runtime.protocol import Message, send
+
+CONFIG_LIMIT = 65536
+
+
+def run(channel: socket.socket, request: Message) -> int:
+    """The task `lookup`: `uid`, `gid`, each `group`, `site`, `template` (of users' stores), `name`, perhaps `digest`.
+
+    Answers `found` with `digest`, `path` and `config`, or `none`.
+    """
+    uid = request.number("uid")
+    directories = [request.get("site"), stores.user_directory(request.get("template"), uid)]
+    groups = [int(group) for group in request.all("group")]
+    linux.drop_bounding_set(0)
+    linux.keep_capabilities_and_become(uid, request.number("gid"), groups, 0)
+    linux.set_no_new_privileges()
+    os.chdir("/")
+    for directory in filter(None, directories):
+        store = FileStore(directory)
+        try:
+            digest = request.get("digest") or store.digest_of(request.get("name"))
+            image = store.find(digest) if digest else None
+        except (OSError, ValueError):
+            continue  # Not readable for this user, or not there: the next one.
+        if image is not None and len(image.config) <= CONFIG_LIMIT and "\0" not in image.config:
+            found = [("digest", digest), ("path", store.image_path(digest)), ("config", image.config)]
+            send(channel, [("state", "found"), *found])
+            return 0
+    send(channel, [("state", "none")])
+    return 0

@@ -1,0 +1,128 @@
+"""Images by name from the site's store and from a user's; no registry is there to be asked."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from conftest import Result, said
+from enclos.runtime.cluster.cluster import Cluster
+from faults import processes
+
+CONFIG = """\
+images: {site_store: /shared/site, idle_seconds: 0}
+imports: {default_registry: registry.invalid}
+"""
+NAME = "registry.invalid/tools"
+
+
+@pytest.fixture(scope="module")
+def stores(make_cluster: Callable[..., Cluster], tmp_path_factory: pytest.TempPathFactory) -> Cluster:
+    """The site has tools:site and tools:both, usera has tools:own and tools:both; /from in each tells whose it is."""
+    cluster = make_cluster(2, config=CONFIG)
+    folder = tmp_path_factory.mktemp("stores")
+    for whose, user, tags in (("site", "root", ("site", "both")), ("usera", "usera", ("own", "both"))):
+        made = make_image(folder / whose, whose)
+        there = cluster.layout.shared / made.name
+        shutil.copy(made, there)
+        there.chmod(0o644)
+        for tag in tags:
+            done = cluster.run(["enclos", "image", "import", f"/shared/{made.name}", f"tools:{tag}"], user)
+            assert done.returncode == 0, done.stderr
+        there.unlink()
+    return cluster
+
+
+def make_image(tree: Path, whose: str) -> Path:
+    (tree / "bin").mkdir(parents=True)
+    busybox = shutil.which("busybox")
+    assert busybox is not None
+    shutil.copy(busybox, tree / "bin/busybox")
+    for applet in ("cat", "sh", "sleep"):
+        (tree / "bin" / applet).symlink_to("busybox")
+    (tree / "from").write_text(f"{whose}\n")
+    path = tree.with_suffix(".sqsh")
+    command = ["mksquashfs", str(tree), str(path), "-all-root", "-noappend", "-quiet", "-no-progress"]
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+    return path
+
+
+def ask(cluster: Cluster, image: str, user: str = "usera", *options: str) -> Result:
+    words = ["srun", "-N2", f"--container-image={image}", *options, "cat", "/from"]
+    return cluster.run(words, user, timeout=60)
+
+
+@pytest.mark.parametrize(("image", "user", "whose"), [
+    ("tools:site", "usera", "site"),
+    ("tools:site", "userb", "site"),
+    ("tools:own", "usera", "usera"),
+    ("tools:both", "usera", "site"),
+    (f"docker://{NAME}:own", "usera", "usera"),
+    ("registry.invalid#tools:own", "usera", "usera"),
+])  # fmt: skip
+def test_names_are_looked_for_in_the_stores(stores: Cluster, image: str, user: str, whose: str) -> None:
+    done = ask(stores, image, user)
+    assert (done.returncode, said(done.stderr), done.stdout) == (0, [], f"{whose}\n" * 2), done.stderr
+
+
+def test_a_digest_names_the_same_image(stores: Cluster) -> None:
+    shown = json.loads(stores.run(["enclos", "image", "inspect", "tools:own", "--json"], "usera").stdout)
+    done = ask(stores, f"{NAME}@{shown['digest']}")
+    assert (done.returncode, done.stdout) == (0, "usera\nusera\n"), done.stderr
+
+
+def test_a_users_store_is_only_his(stores: Cluster) -> None:
+    """Nobody else finds his images, so the registry is asked, which is not there."""
+    done = ask(stores, "tools:own", "userb")
+    assert done.returncode != 0 and "registry.invalid" in done.stderr and done.stdout == ""
+
+
+def test_the_kernel_mounts_only_the_sites(stores: Cluster) -> None:
+    for image, servers in (("tools:site", 0), ("tools:own", 1)):
+        words = ["srun", "-w", "n1", f"--container-image={image}", "sh", "-c", "echo up; sleep 60"]
+        running = stores.popen(words, "usera")
+        assert running.stdout is not None and running.stdout.readline() == "up\n"
+        found = len(processes(stores, "n1", "squashfuse_ll"))
+        (step,) = json.loads(stores.run(["enclos", "ps", "--json"], "usera", "n1").stdout)
+        stores.run("scancel --user=usera")
+        running.communicate(timeout=30)
+        stores.await_idle()
+        assert found == servers
+        assert step["digest"].startswith("sha256:")
+
+
+@pytest.mark.parametrize("damage", ["names", "record", "file", "closed"])
+def test_a_store_that_makes_no_sense_is_passed_over(stores: Cluster, damage: str) -> None:
+    """Nothing of what a user wrote into his store fails anything but his own step, and then the registry is asked."""
+    store = stores.layout.homes / "userb/.local/share/enclos/images"
+    shutil.rmtree(store, ignore_errors=True)
+    shutil.copytree(stores.layout.homes / "usera/.local/share/enclos/images", store)
+    for path in (store, *store.rglob("*")):
+        os.chown(path, 61002, 61002)
+    (record,) = (path for path in (store / "images").glob("*.json"))
+    match damage:
+        case "names":
+            for name in (store / "names").iterdir():
+                name.write_text("sha256:../../../etc/passwd\n")
+        case "record":
+            record.write_text('{"digest": [' * 2000)
+        case "file":
+            record.with_suffix(".sqsh").unlink()
+        case "closed":
+            store.chmod(0)
+    done = ask(stores, "tools:own", "userb")
+    assert done.returncode != 0 and "registry.invalid" in done.stderr and done.stdout == ""
+    assert ask(stores, "tools:own").stdout == "usera\nusera\n"
+
+
+def test_ls_shows_both(stores: Cluster) -> None:
+    shown = stores.run(["enclos", "image", "ls"], "usera").stdout.splitlines()
+    rows = sorted((row.split()[0].rpartition(":")[2], row.split()[-1]) for row in shown[1:])
+    assert rows == [("both", "site"), ("both", "user"), ("own", "user"), ("site", "site")]
+    done = stores.run(["enclos", "image", "rm", "tools:site"], "usera")
+    assert done.returncode == 1 and "no such image" in done.stderr
