@@ -24,6 +24,7 @@ from conftest import Leftovers, Result, plain, said
 from enclos.runtime.cluster.cluster import Cluster
 from enclos.runtime.cluster.daemons import accepts
 from enclos.runtime.cluster.image import install
+from faults import spare, zygote
 
 USERA, USERB = 61001, 61002
 IMAGE = "/images/openmpi.sqsh"
@@ -466,7 +467,7 @@ def test_agent_without_a_socket(calm: Leftovers, odd: Cluster) -> None:
 
 
 def test_builds_that_hang_end_by_their_deadline(calm: Leftovers, odd: Cluster) -> None:
-    with stopped(zygote(odd, "n1")):
+    with stopped(zygote(odd, "n1")), stopped(spare(odd, "n1")):
         done = srun(odd, "-w", "n1", "-n2", f"--container-image={IMAGE}", "echo", "ran")
     check_failure(
         done,
@@ -483,7 +484,7 @@ def test_builds_that_hang_end_by_their_deadline(calm: Leftovers, odd: Cluster) -
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
 def test_agent_killed_during_the_build(calm: Leftovers, odd: Cluster, number: int) -> None:
     words = ["srun", "-w", "n1", "-n3", f"--container-image={IMAGE}", "echo", "ran"]
-    with stopped(zygote(odd, "n1")), odd.popen(words, "usera") as running:
+    with stopped(zygote(odd, "n1")), stopped(spare(odd, "n1")), odd.popen(words, "usera") as running:
         await_true(lambda: waiting_tasks(odd, "n1") == 3)
         odd.stop_agent("n1", number)
         out, err = running.communicate(timeout=30)
@@ -501,7 +502,7 @@ def test_zygote_killed_during_the_build(calm: Leftovers, odd: Cluster) -> None:
     """The agent starts another zygote, and the step succeeds at the second attempt."""
     words = ["srun", "-w", "n1", "-n3", f"--container-image={IMAGE}", "echo", "ran"]
     pid = zygote(odd, "n1")
-    with stopped(pid), odd.popen(words, "usera") as running:
+    with stopped(pid), stopped(spare(odd, "n1")), odd.popen(words, "usera") as running:
         await_true(lambda: waiting_tasks(odd, "n1") == 3)
         os.kill(pid, signal.SIGKILL)
         out, err = running.communicate(timeout=30)
@@ -526,14 +527,6 @@ def rows_with_another_agent(leftovers: Leftovers) -> list[str]:
         if not rows or time.monotonic() > deadline:
             return rows
         time.sleep(0.1)
-
-
-def zygote(cluster: Cluster, node: str) -> int:
-    """Pid of the agent's zygote."""
-    agent = cluster.agent_pid(node)
-    children = Path(f"/proc/{agent}/task/{agent}/children").read_text().split()
-    (pid,) = [int(child) for child in children if comm(int(child)) == "enclos-zygote"]
-    return pid
 
 
 def comm(pid: int) -> str:
