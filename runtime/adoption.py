@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from typing import Any
 
-from enclos.runtime import stepd
+from enclos.runtime import cgroup, stepd
 from enclos.runtime.agent import Agent
 from enclos.runtime.errors import EnclosError
 from enclos.runtime.images.served import ServedImage
@@ -36,6 +36,8 @@ def adopt(agent: Agent) -> None:
         except DAMAGED as error:
             log.warning("journal record %s is damaged (%r), ignoring", name, error)
             step = None
+        if step is None:
+            _remove_cgroup(record)
         if step is None or step.record_name != name:
             around.journal.remove(name)
         if step is not None:
@@ -77,6 +79,13 @@ def _adopt_step(
     if net_fd >= 0 and network == "job" and job not in networks:
         networks[job] = os.dup(net_fd)
     return AdoptedStep(agent.around, record, _stepd(record), found, net_fd, _served(record, served))
+
+
+def _remove_cgroup(record: dict[str, Any]) -> None:
+    """Of a step that was never joined: it is in nobody's way, and empty."""
+    directory = str(record.get("cgroup", ""))
+    if cgroup.is_own(directory) and ".." not in directory:
+        cgroup.remove(directory)
 
 
 def _identity(pair: Sequence[int] | None) -> Identity | None:

@@ -94,6 +94,8 @@ class Agent:
                     return [], []
                 case "join":
                     return _joined(await self._join(message, connection))
+                case "exit":
+                    return [("status", "ok"), *self._task_exited(message, connection)], []
                 case "ps" | "status" | "gc":
                     return await self._answer_user(message, 0), []
                 case verb:
@@ -131,19 +133,33 @@ class Agent:
         step = self._step(_wanted(message, stepd_pid))
         step.prepare()
 
+    def _task_exited(self, message: protocol.Message, connection: Connection) -> list[tuple[str, str]]:
+        """Which limit may have ended a task: told once per step, to the first task that ended badly."""
+        stepd_pid = _stepd_pid(message, connection, is_task=False)
+        step = self._steps.get((message.number("job"), message.number("step")))
+        if step is None or step.record["stepd"] != stepd_pid:
+            return []
+        return [("notice", error.line(self.around.node)) for error in step.limit_news()]
+
     async def _join(self, message: protocol.Message, connection: Connection) -> JoinReply:
-        """Wait for the container. A step whose PREPARE went to an agent before this one is made now."""
+        """Wait for the container, then put the task where the step's limits are."""
+        step, reply = await self._joined_step(message, connection)
+        step.admit(connection.peer()[0])
+        return reply
+
+    async def _joined_step(self, message: protocol.Message, connection: Connection) -> tuple[Step, JoinReply]:
+        """A step whose PREPARE went to an agent before this one is made now."""
         stepd_pid = _stepd_pid(message, connection, is_task=True)
         step = self._steps.get((message.number("job"), message.number("step")))
         if step is not None and step.joined and step.record["stepd"] == stepd_pid:
-            return await step.answer()  # Of up to hundreds of tasks, only the first one's request is read.
+            return step, await step.answer()  # Of up to hundreds of tasks, only the first one's request is read.
         wanted = _wanted(message, stepd_pid)
         if step is None or step.record["stepd"] != stepd_pid:
             # A requeued job has the same ids again.
             step = self._step(wanted)
         if message.get("task") == "0":
             step.show_progress(lambda text: _send_progress(connection, text))
-        return await step.join(wanted)
+        return step, await step.join(wanted)
 
     def _step(self, wanted: request.StepRequest) -> Step:
         """Register a step, its life tied to its slurmstepd.

@@ -32,6 +32,7 @@ from enclos.runtime.named import Turn
 from enclos.runtime.protocol import ProtocolError
 from enclos.runtime.request import StepRequest
 from enclos.runtime.spawner import Child, ChildDied
+from enclos.runtime.steplimits import StepLimits
 from enclos.runtime.steps import JoinReply, Step, Surroundings, start_time
 
 if TYPE_CHECKING:
@@ -72,6 +73,7 @@ class NodeStep(Step):
         self._begin = time.perf_counter()
         self._marks: list[tuple[str, float]] = []
         self._decision: policy.Decision | None = None
+        self._limits: StepLimits | None = None
         self.container: Container | None = None
         self._net_fd = -1
         self._seccomp_fd = -1
@@ -191,7 +193,8 @@ class NodeStep(Step):
     async def _build_early(self) -> None:
         """Decide, then build up to the point where the first task is needed."""
         self._notices.clear()
-        self._decision = policy.decide(self.request, self._around.config)
+        self._decision = await self._decide()
+        self._limits = self._prepare_limits(self._decision)
         self._settled = self.request
         if self.request.name:
             self._turn = await self._around.named.take_turn(self.request)
@@ -222,7 +225,6 @@ class NodeStep(Step):
             self._notices.append(f"{count} of your groups do not fit into the container's group map, ignoring")
         network = asyncio.create_task(self._make_network(decision.network))
         try:
-            self.record["cgroup"] = cgroup.step_cgroup(self.request.stepd)
             slurm = await _slurm_client() if decision.slurm else None
             self._commands = os.path.dirname(slurm.commands[0][0]) if slurm else ""
             devices = await self._around.devices.select(self.request)
@@ -325,6 +327,24 @@ class NodeStep(Step):
         job = self._around.jobs.get(self.request.job)
         return job.facts.leader if job is not None else 0
 
+    async def _decide(self) -> policy.Decision:
+        config = self._around.config
+        if not policy.asks_for_job(config):
+            return policy.decide(self.request, config)
+        job = await self._around.jobs.facts_of(self.request.job, self.request.uid)
+        return policy.decide(self.request, config, job.partition, job.account)
+
+    def _prepare_limits(self, decision: policy.Decision) -> StepLimits:
+        """Find the step's cgroup; where Slurm has none and there are limits to set, make one, recorded before."""
+        limits = StepLimits(decision)
+        limits.check()
+        self.record["cgroup"] = cgroup.step_cgroup(self.request.stepd)
+        if limits.needed and not self.record["cgroup"]:
+            self.record["cgroup"] = cgroup.own_cgroup(self.record_name)
+            self._write_record()
+            cgroup.create(self.record["cgroup"])
+        return limits
+
     async def _network_descriptors(self, network: asyncio.Task[int]) -> list[int]:
         """What the builder needs of the network: its namespace, and /etc/hosts where it has names of its own."""
         net_fd = await network
@@ -412,7 +432,8 @@ class NodeStep(Step):
 
     async def _build_late(self) -> None:
         """What can only be done now: Slurm has made its directories and started its PMIx server."""
-        assert self.container is not None and self._decision is not None
+        assert self.container is not None and self._decision is not None and self._limits is not None
+        self.record["limits"] = self._limits.apply(self.record["cgroup"])
         starting = self._start_relay()
         request = self.request
         try:
@@ -632,6 +653,7 @@ def _record(request: StepRequest) -> dict[str, Any]:
         "cgroup": "",
         "name": request.name,
         "named": "",
+        "limits": [],
     }
 
 

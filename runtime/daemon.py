@@ -19,7 +19,7 @@ import sys
 from collections.abc import Awaitable, Callable
 
 from enclos.netns import facts, guard, underlay
-from enclos.runtime import adoption, config, errors, linux, protocol
+from enclos.runtime import adoption, cgroup, config, errors, linux, protocol
 from enclos.runtime.agent import Agent
 from enclos.runtime.connection import Connection, wait_readable
 from enclos.runtime.devices.node import NodeDevices
@@ -92,6 +92,7 @@ async def run(config_path: str, node: str) -> None:
     lock = _lock_run_directory()
     node_mounts_fd = _enter_own_mount_namespace()
     await spawner.start()
+    cgroup.enable_controllers()
     loaded = config.load(config_path)
     logging.getLogger().setLevel(loaded.config.log.level.upper())
     images_directory, stage = _make_directories()

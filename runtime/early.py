@@ -73,6 +73,15 @@ UNSHARE = (
     Check(one_of(*NAMESPACES, "pid"), "unknown namespace (net, ipc or uts)", each=True),
     Check(one_of(*NAMESPACES), NO_PID, each=True),
 )
+# A list of processors goes on behind a comma: what has no = is a part of one.
+LIMIT = (
+    GIVEN,
+    Check(
+        "(memory|swap|cpu|cpuset|pids|io|hugetlb|rdma)=[^,]+|[0-9]+(-[0-9]+)?",
+        "not a limit (memory, swap, cpu, cpuset, pids, io, hugetlb or rdma, then = and a value)",
+        each=True,
+    ),
+)
 MOUNTS = (
     GIVEN,
     Check(f"{_PART}(:.*)?", f"invalid format: mount without a source {SYNTAX}", each=True),

@@ -264,6 +264,15 @@ def no_own_store() -> EnclosError:
     )
 
 
+def idmap_missing(reference: str) -> EnclosError:
+    """An image of several layers on a kernel without idmapped mounts of squashfs."""
+    return AdminError(
+        _image(reference),
+        "the kernel cannot show its layers as yours (no idmapped mounts of squashfs before Linux 6.2)",
+        hint="convert it to one squashfs file ('enclos image export'): squashfuse serves that",
+    )
+
+
 def image_place_missing(reference: str, path: str, number: int) -> EnclosError:
     """Where every container has something mounted, the image has something else."""
     return UserError(
@@ -764,6 +773,68 @@ def slurm_commands_useless(option: str) -> EnclosError:
         "--container-slurm",
         f"cannot be combined with {option}",
         hint="srun in the container has to reach slurmctld, and to be you",
+    )
+
+
+def limit_above_grant(subject: str, granted: str) -> EnclosError:
+    """A limit may only be tighter than what the job has."""
+    return UserError(
+        subject,
+        f"above what Slurm granted ({granted})",
+        hint="ask for less, or for more with --mem, --cpus-per-task",
+    )
+
+
+def limit_above_maximum(subject: str, maximum: str) -> EnclosError:
+    """More than the site gives to anybody of this partition or account."""
+    return UserError(subject, f"above the site's maximum ({maximum})", hint="ask for less")
+
+
+def limit_unsupported(subject: str, what: str) -> EnclosError:
+    """The kernel has no such controller, or no such file in it."""
+    return UserError(
+        subject, f"the kernel cannot limit this ({what} is missing)", hint="drop the limit; 'enclos check' lists them"
+    )
+
+
+def limit_no_device(subject: str, device: str) -> EnclosError:
+    """No such block or RDMA device."""
+    return UserError(
+        subject,
+        f"no such device ({device})",
+        hint="'lsblk' and 'rdma dev' on the compute node list them; a partition of a disk cannot be limited",
+    )
+
+
+def limit_refused(subject: str, detail: str) -> EnclosError:
+    """The kernel took the limit for wrong."""
+    return AdminError(subject, f"cannot be set ({detail})", hint=f"{ADMIN}'enclos check' tests all requirements")
+
+
+def no_cgroup2(subject: str) -> EnclosError:
+    """Slurm or the node is on cgroup v1."""
+    return AdminError(
+        subject,
+        "limits need cgroup v2 (/sys/fs/cgroup is not)",
+        hint=f"{ADMIN}boot with systemd.unified_cgroup_hierarchy=1",
+    )
+
+
+def limit_killed(subject: str, count: int) -> EnclosError:
+    """Told when a task ends: the memory limit was reached."""
+    return UserError(
+        subject,
+        f"the step reached this limit ({count} of its processes were killed)",
+        hint="ask for more memory, or use less; 'enclos top' shows live use",
+    )
+
+
+def limit_refused_forks(subject: str, count: int) -> EnclosError:
+    """Told when a task ends: the limit of processes was reached."""
+    return UserError(
+        subject,
+        f"the step reached this limit (a new process or thread was refused {count} times)",
+        hint="ask for more, or start fewer; threads count",
     )
 
 

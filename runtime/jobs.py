@@ -155,6 +155,15 @@ class Jobs:
         await self.end(job_id)
         return True
 
+    async def facts_of(self, job_id: int, uid: int) -> JobFacts:
+        """What slurmctld said of a job of this user; raises EnclosError no_job_facts."""
+        job = self._jobs.get(job_id)
+        if job is None or job.facts.uid != uid:
+            job = await self._announced(job_id)
+        if job.facts.uid != uid:
+            raise errors.no_job_facts(job_id)
+        return job.facts
+
     async def network(self, job_id: int, uid: int) -> JobNetwork:
         """The job's network, made now if no step of the job has asked for it before.
 

@@ -10,6 +10,7 @@ import ipaddress
 import re
 from typing import Any
 
+from enclos.runtime import limits as limit_syntax
 from enclos.runtime import mounts as mount_syntax
 from enclos.runtime.errors import EnclosError
 
@@ -226,6 +227,25 @@ class SiteMount(Kind):
 
     def describe(self) -> str:
         return '"SRC[:DST[:FLAG[+FLAG]]]", as in --container-mounts'
+
+    def schema(self) -> dict[str, Any]:
+        return {"type": "string", "minLength": 1}
+
+
+class SiteLimit(Kind):
+    """Limits in the syntax of --container-limit, for everybody, a partition or an account."""
+
+    def check(self, value: object) -> str:
+        if not isinstance(value, str):
+            raise ValueError(f"expected {self.describe()}")
+        try:
+            limit_syntax.parse_site(value)
+        except limit_syntax.BadLimit as error:
+            raise ValueError(str(error)) from error
+        return value
+
+    def describe(self) -> str:
+        return '"LIMITS", "partition:NAME LIMITS" or "account:NAME LIMITS", as in --container-limit'
 
     def schema(self) -> dict[str, Any]:
         return {"type": "string", "minLength": 1}

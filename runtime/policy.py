@@ -9,7 +9,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from enclos.runtime import errors, mounts
+from enclos.runtime import errors, limits, mounts
+from enclos.runtime.limits import Limits, SiteLimits
 from enclos.runtime.mounts import Mount
 from enclos.runtime.request import StepRequest
 from enclos.runtime.settings import NETWORKS, Config
@@ -27,14 +28,20 @@ class Decision:
     slurm: bool
     site_mounts: tuple[Mount, ...]
     user_mounts: tuple[Mount, ...]
+    limits: Limits = ()
+    site_limits: Limits = ()
+    oom_group: bool = False
 
 
-def decide(request: StepRequest, config: Config) -> Decision:
+def decide(request: StepRequest, config: Config, partition: str = "", account: str = "") -> Decision:
     """Apply the site's rules.
+
+    Args:
+        partition, account: the job's, by slurmctld; looked at only where `asks_for_job` says so.
 
     Raises:
         EnclosError: disabled, root_step, unknown_network, network_forbidden, mounts_forbidden,
-            slurm_commands_useless.
+            slurm_commands_useless, limit_above_maximum.
     """
     if not config.enabled:
         raise errors.disabled()
@@ -44,6 +51,7 @@ def decide(request: StepRequest, config: Config) -> Decision:
         raise errors.mounts_forbidden(request.mounts[0].text)
     network = _network(request, config)
     remap_root = _wish(request.remap_root, config.rootfs.remap_root)
+    wanted, from_site = _limits(request, config, partition, account)
     return Decision(
         network=network,
         writable=_wish(request.writable, config.rootfs.writable),
@@ -53,6 +61,9 @@ def decide(request: StepRequest, config: Config) -> Decision:
         slurm=request.slurm and _slurm_works(request, network, remap_root),
         site_mounts=site_mounts(config),
         user_mounts=request.mounts,
+        limits=wanted,
+        site_limits=from_site,
+        oom_group=config.limits.oom_group,
     )
 
 
@@ -70,6 +81,28 @@ def _slurm_works(request: StepRequest, network: str, remap_root: bool) -> bool:
 def site_mounts(config: Config) -> tuple[Mount, ...]:
     """The mounts of mounts.site; config.py has checked their syntax."""
     return tuple(mount for text in config.mounts.site for mount in mounts.parse(text))
+
+
+def asks_for_job(config: Config) -> bool:
+    """Whether a rule depends on the job's partition or account."""
+    return any(entry.kind for entry in _site_limits((*config.limits.default, *config.limits.maximum)))
+
+
+def _site_limits(texts: tuple[str, ...]) -> tuple[SiteLimits, ...]:
+    return tuple(limits.parse_site(text) for text in texts)
+
+
+def _limits(
+    request: StepRequest, config: Config, partition: str, account: str
+) -> tuple[Limits, Limits]:
+    """The user's limits, and those that the site adds."""
+    if not (request.limits or config.limits.default or config.limits.maximum):
+        return (), ()
+    defaults, maxima = _site_limits(config.limits.default), _site_limits(config.limits.maximum)
+    try:
+        return limits.combine(request.limits, defaults, maxima, partition, account)
+    except limits.Exceeded as fact:
+        raise errors.limit_above_maximum(f"--container-limit={fact.wanted.text}", fact.maximum.text) from fact
 
 
 def _wish(asked: bool | None, default: bool) -> bool:

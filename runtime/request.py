@@ -11,7 +11,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from enclos.runtime import early, errors, mounts
+from enclos.runtime import early, errors, limits, mounts
 from enclos.runtime.devices import cdi
 from enclos.runtime.early import NAMESPACES
 from enclos.runtime.images.reference import is_path
@@ -69,6 +69,7 @@ class StepRequest:
     mount_home: bool | None
     entrypoint: bool | None
     entrypoint_log: bool
+    limits: limits.Limits
     slurm: bool
     environment: tuple[str, ...]
     interface_variables: Mapping[str, str]
@@ -136,6 +137,7 @@ def parse(fields: Fields) -> StepRequest:
         entrypoint=_flag(fields, "entrypoint"),
         entrypoint_log=_flag(fields, "entrypoint-log") is True,
         slurm=_flag(fields, "slurm") is True,
+        limits=_limits(fields),
         environment=_environment(fields),
         interface_variables=_variables(fields, INTERFACE_VARIABLES),
         devices=_devices(fields),
@@ -283,6 +285,14 @@ def _network(fields: Fields) -> str:
     if network not in ("", "none"):
         raise errors.unshare_against_network(network[:32])
     return "none"
+
+
+def _limits(fields: Fields) -> limits.Limits:
+    text = _option(fields, "limit")
+    try:
+        return limits.parse(text) if text else ()
+    except limits.BadLimit as error:
+        raise errors.bad_option("limit", error.text, error.detail) from error
 
 
 def _mounts(fields: Fields, cwd: str) -> tuple[Mount, ...]:

@@ -22,7 +22,7 @@ from typing import Any, TypeVar
 
 from enclos.runtime import early
 from enclos.runtime.early import Check
-from enclos.runtime.kinds import Amount, Block, Choice, Flag, Kind, Number, Several, SiteMount, Size, Text
+from enclos.runtime.kinds import Amount, Block, Choice, Flag, Kind, Number, Several, SiteLimit, SiteMount, Size, Text
 
 T = TypeVar("T")
 
@@ -327,6 +327,32 @@ class Devices:
 
 
 @dataclass(frozen=True, slots=True)
+class Limits:
+    """Limits of containers (cgroup v2). They only ever tighten what Slurm granted."""
+
+    default: tuple[str, ...] = setting(
+        (),
+        Several(SiteLimit()),
+        "Limits of a step whose user says nothing about that resource with --container-limit, for example "
+        '["pids=4096", "partition:debug memory=4G,swap=0", "account:lab cpu=8"]. The account\'s come before the '
+        "partition's, and those before everybody's.",
+    )
+    maximum: tuple[str, ...] = setting(
+        (),
+        Several(SiteLimit()),
+        "What no step gets more of, in the same syntax. Of those that apply the smallest holds; a step whose "
+        "user says nothing and that has no default gets the maximum itself.",
+    )
+    oom_group: bool = setting(
+        True,
+        Flag(),
+        "Where a memory limit is set here or by the user, let the kernel end all processes of the step on "
+        "the node when it is reached, as Slurm's OOMKillStep does. When false it ends the largest one. Slurm's "
+        "own choice for its own limits is never undone.",
+    )
+
+
+@dataclass(frozen=True, slots=True)
 class Log:
     """The agent's log; it goes to standard error, which systemd keeps in the journal."""
 
@@ -353,6 +379,7 @@ class Config:
     imports: Imports = section(Imports)
     network: Network = section(Network)
     devices: Devices = section(Devices)
+    limits: Limits = section(Limits)
     log: Log = section(Log)
 
 
@@ -537,6 +564,16 @@ OPTIONS: tuple[Option, ...] = (
         "container has",
         "net is the same as --container-network=none.",
         checks=early.UNSHARE,
+    ),
+    option(
+        "limit",
+        "NAME=VALUE[,...]",
+        "tighten what the job was granted: memory, swap, cpu, cpuset, pids, io, hugetlb, rdma",
+        "memory=8G, swap=0, cpu=2.5 (processor time), cpuset=0-3,8 (which processors), pids=512 (processes and "
+        "threads), io=8:0:rbps=100M:wiops=50 (rbps, wbps, riops, wiops of a disk), hugetlb=2M:1G (of a page "
+        "size), rdma=mlx5_0:hca_handle=4:hca_object=1000. Each is for all tasks of the step on one node together.",
+        pyxis=False,
+        checks=early.LIMIT,
     ),
     option(
         "network",

@@ -15,7 +15,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from enclos.runtime import cgroup, errors
+from enclos.runtime import cgroup, errors, steplimits
 from enclos.runtime.connection import wait_readable
 from enclos.runtime.devices.node import NodeDevices
 from enclos.runtime.images.imports import Imports
@@ -33,7 +33,7 @@ log = logging.getLogger("enclosd")
 
 # Of a step's record: not for people.
 HIDDEN = (
-    *("stepd_start", "namespaces", "netns", "server", "cgroup"),
+    *("stepd_start", "namespaces", "netns", "server", "limits"),
     *("named", "remap_root", "mount_home", "gpus", "environment"),
 )
 
@@ -75,6 +75,7 @@ class Step:
         self.record = record
         self.stepd_pidfd = stepd_pidfd
         self._shared_fd = -1
+        self._told: set[str] = set()
 
     @property
     def key(self) -> tuple[int, int]:
@@ -129,6 +130,26 @@ class Step:
         """The image, where a process serves it: whoever else has files of it takes a share."""
         return None
 
+    def admit(self, pid: int) -> None:
+        """Put a task that is about to join where the step's limits are, if Slurm has no cgroup for it.
+
+        Raises:
+            EnclosError: limit_refused.
+        """
+        directory = str(self.record.get("cgroup", ""))
+        if cgroup.is_own(directory):
+            try:
+                cgroup.enter(directory, pid)
+            except OSError as error:
+                raise errors.limit_refused("--container-limit", errors.reason(error.errno or 0)) from error
+
+    def limit_news(self) -> list[errors.EnclosError]:
+        """The limits that the step has met since the last call, in words; mostly none."""
+        happened = steplimits.news(str(self.record.get("cgroup", "")), self.record.get("limits", []))
+        fresh = [error for error in happened if error.subject not in self._told]
+        self._told |= {error.subject for error in fresh}
+        return fresh
+
     def user_namespace(self) -> int:
         """The container's user namespace, or -1; it stays the step's."""
         return self.namespaces().get("user", self._shared_fd)
@@ -170,9 +191,16 @@ class Step:
             await self.release()
             if self._shared_fd >= 0:
                 os.close(self._shared_fd)
+            await self._remove_cgroup()
             os.close(self.stepd_pidfd)
             self._around.journal.remove(self.record_name)
         log.info("step=%s ended after %.1f s", self.name, time.time() - self.record["started"])
+
+    async def _remove_cgroup(self) -> None:
+        """Where it is one of ours; a thread waits for the kernel, which takes its time with what was killed."""
+        directory = str(self.record.get("cgroup", ""))
+        if cgroup.is_own(directory) and not await asyncio.to_thread(cgroup.remove, directory):
+            log.error("step=%s: %s cannot be removed", self.name, directory)
 
     async def _sweep(self) -> None:
         """Kill what slurmstepd left in the container. The zygote may die meanwhile; the work can be done again."""

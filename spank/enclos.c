@@ -22,6 +22,7 @@ SPANK_PLUGIN(enclos, 1)
 
 #define PREPARE_TIMEOUT_S 2 /* nothing waits for PREPARE: without it the JOIN does the same, later */
 #define JOIN_TIMEOUT_S 10
+#define EXIT_TIMEOUT_S 2
 #define PROLOG_TIMEOUT_S 2
 #define EPILOG_TIMEOUT_S 5
 
@@ -159,6 +160,28 @@ int slurm_spank_user_init(spank_t spank, int count, char *words[])
 	return 0;
 }
 
+/* Sends a request and shows the notices of its answer. Whatever goes wrong: the task has ended, nothing depends on it. */
+static void show_answer(const struct wire_out *request)
+{
+	int fd = send_request(request, EXIT_TIMEOUT_S);
+	struct wire_in *reply;
+	const char *key, *value;
+	size_t cursor = 0;
+
+	if (fd < 0)
+		return;
+	reply = malloc(sizeof(*reply));
+	if (reply != NULL && wire_receive(fd, reply, EXIT_TIMEOUT_S * 1000) == 0) {
+		while (wire_next(reply, &cursor, &key, &value)) {
+			if (strncmp(key, "notice=", 7) == 0)
+				slurm_error("enclos: %s", value);
+		}
+		wire_close_fds(reply);
+	}
+	free(reply);
+	close(fd);
+}
+
 static void join(spank_t spank)
 {
 	int fd = wire_connect(step.socket, JOIN_TIMEOUT_S), task = step_task(spank);
@@ -247,6 +270,27 @@ int slurm_spank_task_init(spank_t spank, int count, char *words[])
 		report_exit(status);
 	if (!join_find_command(spank))
 		report_exit(127);
+	return 0;
+}
+
+/*
+ * slurmstepd, as root, when a task has ended; its output still reaches srun. Slurm says that something was killed, the
+ * agent which limit did it. With contain_spank (24.11 and later) this runs in a clone, which makes no difference.
+ */
+int slurm_spank_task_exit(spank_t spank, int count, char *words[])
+{
+	struct wire_out request;
+	int status = 0;
+
+	(void)count;
+	(void)words;
+	if (!step.wanted || spank_get_item(spank, S_TASK_EXIT_STATUS, &status) != ESPANK_SUCCESS || status == 0)
+		return 0;
+	wire_begin(&request, "exit");
+	step_add_ids(spank, &request);
+	wire_add_number(&request, "stepd", (unsigned long long)step.stepd);
+	show_answer(&request);
+	wire_free(&request);
 	return 0;
 }
 

@@ -54,6 +54,7 @@ void pin_add_field(spank_t spank, struct wire_out *out);
 /* step.c: facts of a step from slurmstepd, and of a job from the prolog's environment */
 bool step_wants_container(spank_t spank);
 bool step_is_extern(spank_t spank);
+void step_add_ids(spank_t spank, struct wire_out *out);
 void step_add_facts(spank_t spank, struct wire_out *out);
 bool job_add_facts(struct wire_out *out);
 int step_task(spank_t spank);

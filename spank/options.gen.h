@@ -64,6 +64,12 @@ static const struct enclos_check enclos_checks_unshare[] = {
 	{ NULL, NULL, 0 },
 };
 
+static const struct enclos_check enclos_checks_limit[] = {
+	{ "^(.+)$", "argument required", 0 },
+	{ "^((memory|swap|cpu|cpuset|pids|io|hugetlb|rdma)=[^,]+|[0-9]+(-[0-9]+)?)$", "not a limit (memory, swap, cpu, cpuset, pids, io, hugetlb or rdma, then = and a value)", 1 },
+	{ NULL, NULL, 0 },
+};
+
 static const struct enclos_check enclos_checks_network[] = {
 	{ "^(.+)$", "argument required", 0 },
 	{ "^((job|host|none))$", "no such network (job, host or none)", 0 },
@@ -82,7 +88,7 @@ struct enclos_option_row {
 	const struct enclos_check *checks; /* ends with a pattern of NULL */
 };
 
-#define ENCLOS_OPTION_COUNT 20
+#define ENCLOS_OPTION_COUNT 21
 
 static const struct enclos_option_row enclos_option_rows[] = {
 	{
@@ -198,6 +204,12 @@ static const struct enclos_option_row enclos_option_rows[] = {
 		"[enclos] namespaces of the container's own: net leaves it only the loopback interface, ipc and uts every container has",
 		1, "ENCLOS_CONTAINER_UNSHARE", "PYXIS_CONTAINER_UNSHARE", "unshare", NULL,
 		enclos_checks_unshare,
+	},
+	{
+		"container-limit", "NAME=VALUE[,...]",
+		"[enclos] tighten what the job was granted: memory, swap, cpu, cpuset, pids, io, hugetlb, rdma",
+		1, "ENCLOS_CONTAINER_LIMIT", NULL, "limit", NULL,
+		enclos_checks_limit,
 	},
 	{
 		"container-network", "job|host|none",

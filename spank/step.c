@@ -140,14 +140,19 @@ static void add_sent_variables(spank_t spank, struct wire_out *out)
 	}
 }
 
+void step_add_ids(spank_t spank, struct wire_out *out)
+{
+	wire_add_number(out, "job", item_u32(spank, S_JOB_ID, 0));
+	wire_add_number(out, "step", item_u32(spank, S_JOB_STEPID, 0));
+}
+
 /* Everything of `prepare` and `join` that does not differ between the two. Called in slurmstepd itself, not in a task. */
 void step_add_facts(spank_t spank, struct wire_out *out)
 {
 	uid_t uid;
 	gid_t gid;
 
-	wire_add_number(out, "job", item_u32(spank, S_JOB_ID, 0));
-	wire_add_number(out, "step", item_u32(spank, S_JOB_STEPID, 0));
+	step_add_ids(spank, out);
 	if (spank_get_item(spank, S_JOB_UID, &uid) == ESPANK_SUCCESS)
 		wire_add_number(out, "uid", uid);
 	if (spank_get_item(spank, S_JOB_GID, &gid) == ESPANK_SUCCESS)

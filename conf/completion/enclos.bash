@@ -9,7 +9,7 @@ _enclos()
 	done
 	COMPREPLY=()
 	case $previous in
-	--authfile|--container-device|--container-env|--container-image|--container-mounts|--container-name|--container-network|--container-profile|--container-unshare|--container-workdir|--file|--gpus|--unused)
+	--authfile|--container-device|--container-env|--container-image|--container-limit|--container-mounts|--container-name|--container-network|--container-profile|--container-unshare|--container-workdir|--count|--file|--gpus|--interval|--unused|-n)
 		return
 		;;
 	esac
@@ -60,7 +60,7 @@ _enclos()
 		words="validate show options ls"
 		;;
 	"render"*)
-		words="--help --container-image --container-mounts --container-profile --container-workdir --container-name --container-writable --container-readonly --container-remap-root --no-container-remap-root --container-mount-home --no-container-mount-home --container-entrypoint --no-container-entrypoint --container-entrypoint-log --container-slurm --no-container-slurm --container-env --container-device --container-unshare --container-network --gpus --json"
+		words="--help --container-image --container-mounts --container-profile --container-workdir --container-name --container-writable --container-readonly --container-remap-root --no-container-remap-root --container-mount-home --no-container-mount-home --container-entrypoint --no-container-entrypoint --container-entrypoint-log --container-slurm --no-container-slurm --container-env --container-device --container-unshare --container-limit --container-network --gpus --json"
 		;;
 	"config")
 		words="show validate"
@@ -70,6 +70,9 @@ _enclos()
 		;;
 	"check"*)
 		words="--help --json"
+		;;
+	"top"*)
+		words="--help --json --interval -n --count"
 		;;
 	"ps"*)
 		words="--help --json"
@@ -81,7 +84,7 @@ _enclos()
 		words="--help"
 		;;
 	"")
-		words="ps image check gc rm render profile config --help --version --debug"
+		words="ps image top check gc rm render profile config --help --version --debug"
 		;;
 	esac
 	mapfile -t COMPREPLY < <(compgen -W "$words" -- "$current")

@@ -5,11 +5,13 @@ Runs as whoever types the command.
 
 from __future__ import annotations
 
+import errno
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from enclos.runtime import cgroup
 from enclos.runtime.cli import probe
 from enclos.runtime.cli.finding import Finding, mend, note, ok, skipped
 from enclos.runtime.errors import namespace_limit
@@ -17,37 +19,56 @@ from enclos.runtime.errors import namespace_limit
 
 @dataclass(frozen=True, slots=True)
 class Feature:
-    """A probe, what it is for, and what usually helps."""
+    """A probe, what it is for, and what usually helps; `instead` is what happens where the kernel lacks just this."""
 
     subject: str
     probe: Callable[[], None]
     hint: str
     root_only: bool = False
+    instead: str = ""
 
 
 _LIMITS = "raise user.max_{mnt,net,ipc,uts,cgroup}_namespaces (sysctl)"
 _OVERLAY = "it needs overlayfs with userxattr (Linux 5.11, module overlay)"
-_SQUASHFS = (
-    "it needs squashfs, loop devices and idmapped mounts of squashfs (Linux 6.2, modules squashfs, loop)"
-)
+_SQUASHFS = "it needs squashfs and loop devices (modules squashfs, loop)"
+_NO_IDMAP = "no idmapped mounts of squashfs (Linux 6.2): squashfuse serves every image, slower"
 _FUSE = "images of users need FUSE (module fuse), or images.user_files: refuse"
 
 FEATURES = (
     Feature("user namespaces", probe.user_namespace, "raise user.max_user_namespaces (sysctl)"),
     Feature("other namespaces", probe.other_namespaces, _LIMITS),
     Feature("overlay", probe.overlay_in_a_user_namespace, _OVERLAY),
-    Feature("squashfs", probe.squashfs_shown_to_a_user, _SQUASHFS, root_only=True),
+    Feature("squashfs", probe.squashfs_shown_to_a_user, _SQUASHFS, root_only=True, instead=_NO_IDMAP),
     Feature("fuse", probe.fuse_shown_to_a_user, _FUSE, root_only=True),
     Feature("vxlan", probe.vxlan, "it needs the module vxlan"),
     Feature("nftables", probe.nftables, "it needs the nft command and the module nf_tables"),
 )
 
 
+# What --container-limit can name.
+CONTROLLERS = ("memory", "cpu", "cpuset", "pids", "io", "hugetlb", "rdma")
+
+
 def findings() -> Iterator[Finding]:
     """Sysctls first: a feature that they forbid is explained by them."""
     yield from sysctl_findings()
+    yield cgroup_finding()
     for feature in FEATURES:
         yield feature_finding(feature, os.geteuid() == 0)
+
+
+def cgroup_finding(mount_point: Path = Path(cgroup.MOUNT_POINT)) -> Finding:
+    """Nothing but limits needs cgroup v2, so its absence has not to be mended."""
+    subject = "cgroup v2"
+    if not (mount_point / "cgroup.controllers").exists():
+        how = "boot with systemd.unified_cgroup_hierarchy=1 if users are to have it"
+        return note(subject, "not there: --container-limit is refused", how)
+    known = _read(mount_point / "cgroup.controllers").split()
+    missing = [name for name in CONTROLLERS if name not in known]
+    if missing:
+        what = f"without {', '.join(missing)}: limits of these are refused"
+        return note(subject, what, "see the kernel's configuration")
+    return ok(subject, " ".join(CONTROLLERS))
 
 
 def feature_finding(feature: Feature, is_root: bool) -> Finding:
@@ -57,6 +78,8 @@ def feature_finding(feature: Feature, is_root: bool) -> Finding:
     refused = probe.refusal(feature.probe)
     if refused is None:
         return ok(feature.subject)
+    if feature.instead and refused.startswith(os.strerror(errno.EINVAL)):
+        return note(feature.subject, feature.instead, "a newer kernel, if images are read much")
     limit = namespace_limit()
     if not is_root and not limit:
         return skipped(feature.subject, f"a user cannot test it here ({refused})")

@@ -18,6 +18,7 @@ from enclos.runtime.errors import EnclosError, UsageError
 VERBS: dict[str, tuple[str, str]] = {
     "ps": ("ps", "list the containers on this node"),
     "image": ("image", "pull, list and remove images: your own and the site's"),
+    "top": ("top", "show what the containers on this node use, against their limits"),
     "check": ("check", "test whether this node can run containers, and say what to mend"),
     "gc": ("gc", "undo what ended jobs left on this node (root)"),
     "rm": ("rm", "remove a named container on this node"),

@@ -27,8 +27,15 @@ SUITES = {"22.05": "bookworm", "24.11": "trixie", "26.05": "sid"}
 # has no way to the Internet. The rest is what tests use on nodes.
 SECTIONS = ("to build", "to run", "the trial cluster")
 ADDED = (
-    "python3-cffi", "python3-pip", "python3-rich", "python3-setuptools", "python3-yaml", "busybox-static", "procps",
-)  # fmt: skip
+    "python3-cffi",
+    "python3-pip",
+    "python3-psutil",
+    "python3-rich",
+    "python3-setuptools",
+    "python3-yaml",
+    "busybox-static",
+    "procps",
+)
 
 # In a mount namespace of its own: what debootstrap mounts must not be there when a failed root is removed.
 MAKE_ROOT = """\

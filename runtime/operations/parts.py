@@ -5,6 +5,7 @@ The kernel parses only files that root wrote, or that the site trusts (staging.p
 
 from __future__ import annotations
 
+import errno
 import os
 from dataclasses import dataclass
 
@@ -22,10 +23,11 @@ from enclos.runtime.linux import (
 from enclos.runtime.operations.common import NO_NAMESPACES, words
 
 
-def mount_lower(builder: Builder, name: str, fd: int, path: str, extent: sif.Extent) -> None:
+def mount_lower(builder: Builder, name: str, fd: int, path: str, extent: sif.Extent) -> bool:
     """Show the file as the user's: on-disk owner 0 becomes the job's uid on this clone of the mount.
 
-    The file is mounted once per node; this builder mounts it if no other has. The clone is kept as `name`.
+    The file is mounted once per node; this builder mounts it if no other has. The clone is kept as `name`. False where
+    the kernel can't do that.
     """
     status = os.fstat(fd)
     key = f"{status.st_dev:x}-{status.st_ino:x}-{status.st_size:x}-{status.st_mtime_ns:x}-{status.st_ctime_ns:x}"
@@ -46,9 +48,17 @@ def mount_lower(builder: Builder, name: str, fd: int, path: str, extent: sif.Ext
         builder.give("idmap", idmap_fd)
     lower = builder.keep(name, linux.clone_tree("", mount_fd, recursive=False))
     attributes = MOUNT_ATTR_IDMAP | MOUNT_ATTR_NOSUID | MOUNT_ATTR_NODEV | MOUNT_ATTR_RDONLY
-    linux.set_attributes(lower, attributes, propagation=MS_PRIVATE, userns_fd=idmap_fd)
-    builder.drop("mounted")
-    builder.drop("idmap")
+    try:
+        linux.set_attributes(lower, attributes, propagation=MS_PRIVATE, userns_fd=idmap_fd)
+    except OSError as error:
+        if error.errno != errno.EINVAL:
+            raise
+        builder.drop(name)  # FIXME(kernel 6.2): squashfs took no idmaps before.
+        return False
+    finally:
+        builder.drop("mounted")
+        builder.drop("idmap")
+    return True
 
 
 def _attach_loop(builder: Builder, fd: int, key: str, path: str, extent: sif.Extent) -> int:
@@ -92,6 +102,7 @@ class OpenParts:
         builder.texts["config"] = self.config.encode()
         for index, path in enumerate(self.parts):
             fd = builder.keep("image", os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC))
-            mount_lower(builder, f"lower{index}", fd, path, sif.Extent())
+            if not mount_lower(builder, f"lower{index}", fd, path, sif.Extent()):
+                raise errors.idmap_missing(self.image)
         builder.drop("image")
         builder.lowers = len(self.parts)

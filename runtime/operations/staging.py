@@ -209,7 +209,9 @@ class OpenImage:
             builder.image_is_directory = True  # CloneDirectoryImage goes on with it.
         elif stat.S_ISREG(status.st_mode):
             if self.user_files == "trust" or _is_roots(fd, status):
-                mount_lower(builder, "lower", fd, self.path, extent)
+                # squashfuse shows root's files as the user's also where the kernel can't.
+                if not mount_lower(builder, "lower", fd, self.path, extent):
+                    self._serve(builder, fd, extent)
             elif self.user_files == "fuse":
                 self._serve(builder, fd, extent)
             else:

@@ -15,8 +15,8 @@ MODULES = sorted([*(ROOT / "runtime").rglob("*.py"), *(ROOT / "netns").rglob("*.
 # Modules that make no system call: they may not import what makes one.
 PURE_NAMES = {
     *("names.py", "batch.py", "hosts.py", "spec.py"),
-    *("request.py", "mounts.py", "hostlist.py", "policy.py", "idmap.py", "reference.py", "flatten.py"),
     *("catalogue.py", "choice.py", "ldcache.py"),
+    *("request.py", "mounts.py", "hostlist.py", "policy.py", "limits.py", "idmap.py", "reference.py", "flatten.py"),
 }
 PURE = [path for path in MODULES if path.name in PURE_NAMES and path.parent.name != "linux"]
 IMPURE_MODULES = {"os", "socket", "subprocess", "fcntl", "ctypes", "asyncio", "enclos.runtime.linux"}

@@ -21,7 +21,7 @@ def request(uid: int = 1001, step: int = 0, **options: str) -> StepRequest:
 
 def test_defaults() -> None:
     found = policy.decide(request(), settings())
-    assert found == policy.Decision("host", True, False, False, False, False, (), ())
+    assert found == policy.Decision("host", True, False, False, False, False, (), (), oom_group=True)
 
 
 def test_the_site_decides_where_the_user_says_nothing() -> None:

@@ -45,6 +45,7 @@ def test_exports_only_what_slurm_looks_up(shim: Path) -> None:
         "slurm_spank_user_init",
         "slurm_spank_task_init_privileged",
         "slurm_spank_task_init",
+        "slurm_spank_task_exit",
         "slurm_spank_job_prolog",
         "slurm_spank_job_epilog",
     }

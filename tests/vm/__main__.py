@@ -16,8 +16,8 @@ from enclos.runtime.cluster import image
 from vm import guest, kernels
 
 ROOT = Path(__file__).resolve().parents[2]
-# In a guest a feature that is missing is a failure, where the same test skips on the host.
-REQUIRE = {"ENCLOS_REQUIRE": "cgroup2 rdma"}
+# In a guest a feature that is missing is a failure, where the same test skips on the host; and everything takes longer.
+VARIABLES = {"ENCLOS_REQUIRE": "cgroup2 rdma", "ENCLOS_CLUSTER_DEADLINE": "200"}
 TESTS = ("tests/kernel", "tests/cluster")
 
 
@@ -39,7 +39,7 @@ def main() -> int:
         return 1
     try:
         kernel = kernels.fetch(arguments.kernel)
-        machine = guest.Guest(kernel, guest.scratch(f"{arguments.verb}-{arguments.kernel}"), variables=REQUIRE)
+        machine = guest.Guest(kernel, guest.scratch(f"{arguments.verb}-{arguments.kernel}"), variables=VARIABLES)
         return _serve(machine, arguments, rest)
     except kernels.KernelUnavailable as error:
         print(f"vm: {error}", file=sys.stderr)

@@ -52,11 +52,11 @@ class Guest:
         timer.start()
         assert qemu.stdout is not None
         with qemu, (self.folder / "console").open("wb") as console:
-            for line in qemu.stdout:
-                console.write(line)
+            while chunk := os.read(qemu.stdout.fileno(), 65536):
+                console.write(chunk)
                 console.flush()
                 if show:
-                    sys.stdout.buffer.write(line)
+                    sys.stdout.buffer.write(chunk)
                     sys.stdout.flush()
         timer.cancel()
         if late.is_set():
@@ -102,11 +102,11 @@ class Guest:
         """The command line. Software emulation: it works in any machine, also a virtual one."""
         shares = {"host": Path("/"), "modules": self.kernel.modules, "result": self.folder}
         command = [
-            "nice", "-n", "10", QEMU, "-nodefaults", "-no-reboot", "-display", "none",
+            QEMU, "-nodefaults", "-no-reboot", "-display", "none",
             "-machine", "q35", "-accel", "tcg,thread=multi,tb-size=512", "-cpu", "max,la57=off,pmu=off",
             "-smp", str(self.cpus), "-m", str(self.memory_mb), "-device", "virtio-rng-pci", "-serial", serial,
             "-kernel", str(self.kernel.image), "-initrd", str(build(self.kernel)),
-            "-append", "console=ttyS0 panic=-1 mitigations=off nokaslr loglevel=4 random.trust_cpu=on",
+            "-append", "console=ttyS0 panic=-1 mitigations=off nokaslr loglevel=3 random.trust_cpu=on",
         ]  # fmt: skip
         for tag, path in shares.items():
             readonly = "" if tag == "result" else ",readonly=on"

@@ -1,0 +1,161 @@
+"""--container-limit: in the guests of `make test-vm`, where there are cgroup v2 controllers; refusals also without."""
+
+from __future__ import annotations
+
+import subprocess
+from collections.abc import Callable
+
+import pytest
+from conftest import Leftovers, require_cgroup2
+from enclos.runtime.cluster import cgroups
+from enclos.runtime.cluster import image as images
+from enclos.runtime.cluster.cluster import Cluster
+
+IMAGE = "--container-image=/images/openmpi.sqsh"
+CGROUP = "/sys/fs/cgroup"
+# As much memory as the word says, in a shell's variable: busybox has no tool that only allocates.
+EAT = 'x=$(head -c {bytes} /dev/zero | tr "\\0" x); echo ${{#x}}'
+
+Result = subprocess.CompletedProcess[str]
+
+
+def step(cluster: Cluster, limit: str, script: str, *words: str, timeout: float = 200) -> Result:
+    command = ["srun", *words, IMAGE, *([f"--container-limit={limit}"] if limit else []), "bash", "-c", script]
+    return cluster.run(command, user="usera", timeout=timeout)
+
+
+def shown(text: str) -> list[str]:
+    return [line.partition("enclos: ")[2] for line in text.splitlines() if "enclos: " in line]
+
+
+@pytest.mark.vm
+def test_limits_are_seen_inside_and_only_inside(limited: Cluster) -> None:
+    files = "memory.max memory.swap.max cpu.max cpuset.cpus pids.max"
+    limit = "memory=64M,swap=0,cpu=0.5,cpuset=1,pids=50"
+    inside = step(limited, limit, f"cd {CGROUP}; cat {files}; nproc", "--mem=100", "-c2", "--cpu-bind=none")
+    assert inside.stdout.split() == [str(64 << 20), "0", "50000", "100000", "1", "50", "1"], inside.stderr
+
+
+@pytest.mark.vm
+def test_quota_and_affinity_are_different(limited: Cluster) -> None:
+    """A quota leaves both processors to a step, and slows it down; a set leaves it one, and full speed."""
+    spin = "for i in 1 2; do timeout 2 sh -c 'while :; do :; done' & done; wait"
+    script = f"nproc; {spin}; grep nr_throttled {CGROUP}/cpu.stat"
+    quota = step(limited, "cpu=0.5", script, "-c2", "--cpu-bind=none").stdout.split()
+    assert quota[0] == "2" and int(quota[2]) > 0
+    pinned = step(limited, "cpuset=0", script, "-c2", "--cpu-bind=none").stdout.split()
+    assert pinned[0] == "1" and pinned[2] == "0"
+
+
+@pytest.mark.vm
+def test_who_is_killed_is_told_why(limited: Cluster, limited_leftovers: Leftovers) -> None:
+    """The whole step ends, tasks that allocate nothing, too; and nothing remains."""
+    script = f'[ $SLURM_LOCALID = 0 ] && {EAT.format(bytes=80 << 20)}; sleep 100'
+    done = step(limited, "memory=40M,swap=0", script, "-N1", "-n2", "--mem=100")
+    assert done.returncode != 0
+    (line,) = [line for line in shown(done.stderr) if "reached" in line]
+    assert line.startswith("--container-limit=memory=40M: the step reached this limit (")
+    assert line.endswith(("killed) on n1", "killed) on n2"))
+    limited.await_idle(60)
+    assert limited_leftovers.rows(60) == []
+
+
+@pytest.mark.vm
+def test_who_may_not_fork_is_told_why(limited: Cluster) -> None:
+    done = step(limited, "pids=4", "for i in 1 2 3 4 5 6; do sleep 3 & done; wait; exit 3")
+    (line,) = [line for line in shown(done.stderr) if "reached" in line]
+    assert line.startswith("--container-limit=pids=4: the step reached this limit (a new process or thread was refused")
+
+
+@pytest.mark.vm
+@pytest.mark.parametrize(
+    ("limit", "words"),
+    [
+        ("memory=3G", "above what Slurm granted (100M)"),
+        ("cpu=64", "above what Slurm granted (1)"),
+        ("cpuset=0-7", "above what Slurm granted (processors "),
+        ("io=250:9:rbps=1M", "no such device (250:9)"),
+        ("rdma=mlx5_9:hca_handle=4", "no such device (mlx5_9)"),
+        ("hugetlb=32M:32M", "the kernel cannot limit this (hugetlb.32MB.max is missing)"),
+    ],
+)
+def test_what_cannot_be_given_is_refused_before_the_program_starts(limited: Cluster, limit: str, words: str) -> None:
+    done = step(limited, limit, "echo started", "--mem=100")
+    assert (done.returncode, done.stdout) == (1, "")
+    assert shown(done.stderr)[0].startswith(f"--container-limit={limit}: {words}")
+
+
+@pytest.mark.vm
+def test_slurms_own_limits_and_orders_work_as_ever(limited: Cluster, limited_leftovers: Leftovers) -> None:
+    """Slurm's memory limit kills below ours, sstat counts, scancel ends, and no cgroup stays."""
+    killed = step(limited, "memory=100M", EAT.format(bytes=60 << 20), "--mem=40")
+    assert killed.returncode != 0
+    assert [line for line in shown(killed.stderr) if "reached" in line] == []
+    script = f'srun {IMAGE} --container-limit=pids=100 sh -c "echo up; sleep 100" & wait'
+    job = limited.run(["sbatch", "--parsable", "-o", "none", "--wrap", script], user="usera").stdout.strip()
+    limited.run(f"for i in $(seq 100); do sstat -n -j {job}.0 -o maxrss | grep -q . && break; sleep 0.3; done")
+    used = limited.run(["sstat", "-n", "-P", "-j", f"{job}.0", "-o", "maxrss"], user="usera").stdout
+    assert used.strip().rstrip("K").isdigit(), used
+    limited.run(["scancel", job])
+    limited.await_idle(90)
+    assert limited_leftovers.rows(60) == []
+
+
+@pytest.mark.vm_new
+def test_limits_survive_the_agents_restart(limited: Cluster, limited_leftovers: Leftovers) -> None:
+    """Killed, too: the limit holds, its user is told of it, and nothing remains."""
+    script = "while [ -e /shared/wait ]; do read -t 0.2 < <(:); done; for i in 1 2 3 4 5 6; do sleep 1 & done; exit 3"
+    limited.run("touch /shared/wait", user="usera")
+    options = [IMAGE, "--container-mounts=/shared", "--container-limit=pids=4"]
+    with limited.popen(["srun", "-w", "n1", *options, "bash", "-c", f"echo up; {script}"], user="usera") as running:
+        assert running.stdout is not None and running.stdout.readline() == "up\n"
+        limited.restart_agent("n1", 9)
+        limited.run("rm /shared/wait", user="usera")
+        _, err = running.communicate(timeout=100)
+    assert "--container-limit=pids=4: the step reached this limit" in err
+    limited.await_idle(60)
+    left = limited_leftovers.rows(60, exact=False)
+    # The new agent has not mounted the image yet, and the old one's mounts went with it.
+    assert [row for row in left if "cgroups:" in row or "processes:" in row] == []
+
+
+@pytest.fixture(scope="module")
+def bare(make_cluster: Callable[..., Cluster]) -> Cluster:
+    """One node on which Slurm uses no cgroups, with limits of the site's."""
+    require_cgroup2()
+    site = "limits:\n  default: [pids=64]\n  maximum: ['partition:main memory=64M']\n"
+    plugins = "ProctrackType=proctrack/linuxproc\nTaskPlugin=task/affinity\n"
+    made = make_cluster(1, slurm_conf_extra=plugins, config=site)
+    images.install(made.layout.images)
+    return made
+
+
+@pytest.mark.vm_new
+def test_without_slurms_cgroups_limits_hold_as_well(bare: Cluster) -> None:
+    """In a cgroup of our own, which every task is in, and which is gone afterwards."""
+    done = step(bare, "cpu=0.5", f"cd {CGROUP}; cat pids.max cpu.max memory.max; cat /proc/self/cgroup", "-n2", "-l")
+    for task in ("0:", "1:"):
+        rows = [row.removeprefix(task).strip() for row in done.stdout.splitlines() if row.startswith(task)]
+        assert rows == ["64", "50000 100000", str(64 << 20), "0::/"], done.stderr
+    over = step(bare, "memory=65M", "echo started")
+    assert "above the site's maximum (memory=64M) on n1" in over.stderr and over.stdout == ""
+    bare.await_idle(60)
+    look = f"ls -d {CGROUP}/enclos/step* 2>/dev/null"
+    assert bare.run(f"for i in $(seq 50); do {look} || break; sleep 0.2; done; {look}", node="n1").returncode != 0
+
+
+def test_limits_need_cgroup2(cluster: Cluster) -> None:
+    if cgroups.available():
+        pytest.skip("this kernel has cgroup v2")
+    done = cluster.run(["srun", IMAGE, "--container-limit=memory=64M", "echo", "started"], user="usera")
+    assert (done.returncode, done.stdout) == (1, "")
+    words = "--container-limit=memory=64M: limits need cgroup v2 (/sys/fs/cgroup is not) on n"
+    assert [line for line in shown(done.stderr) if line.startswith(words)], done.stderr
+
+
+@pytest.mark.parametrize("limit", ["disk=1G", "memory", "memory=8X", "pids=0", "memory=1G,memory=2G"])
+def test_malformed_limits(cluster: Cluster, image: str, limit: str) -> None:
+    done = cluster.run(["srun", IMAGE, f"--container-limit={limit}", "echo", "started"], user="usera")
+    assert done.returncode != 0 and done.stdout == ""
+    subject = f"--container-limit={limit.rpartition(',')[2]}: "
+    assert [line for line in shown(done.stderr) if line.startswith(subject)], done.stderr
