@@ -127,6 +127,7 @@ class Cluster:
             try:
                 _write_files(layout, record, settings, config, root.path if root else Path("/"))
                 for file, text in (slurm_files or {}).items():
+                    (layout.slurm / file).touch(0o600 if file.endswith(".key") else 0o644)
                     (layout.slurm / file).write_text(text)
                 return cls._make(layout, record, root)
             except (RuntimeError, OSError) as error:

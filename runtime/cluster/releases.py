@@ -67,7 +67,9 @@ if [ "$(cat "$build/root" 2> /dev/null)" != "$root" ]; then
     echo "$root" > "$build/root"
 fi
 make --no-print-directory -s -C "$checkout/spank" BUILD="$build"
-[ "$(cat "$build/python" 2> /dev/null)" != "$digest" ] || exit 0
+# `make install` puts these beside the folder of the package.
+place() { cp "$build/slurm-command" "$build"/venv/lib/python3*/; }
+if [ "$(cat "$build/python" 2> /dev/null)" = "$digest" ]; then place; exit 0; fi
 [ -x "$build/venv/bin/python3" ] || python3 -m venv --system-site-packages "$build/venv"
 copy=$(mktemp -d)
 cd "$checkout"
@@ -77,6 +79,7 @@ rm -f "$copy"/runtime/linux/_linux*.so "$copy"/runtime/linux/_linux.c
 "$build/venv/bin/python3" -m pip install --quiet --no-index --no-deps --no-build-isolation --force-reinstall "$copy"
 "$build/venv/bin/python3" -m pip check > /dev/null
 rm -rf "$copy"
+place
 echo "$digest" > "$build/python"
 """
 

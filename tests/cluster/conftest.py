@@ -85,6 +85,14 @@ def cluster(make_cluster: Callable[..., Cluster]) -> Cluster:
 
 
 @pytest.fixture(scope="session")
+def pmix(cluster: Cluster) -> None:
+    """Slurm has its PMIx plugin; Debian builds 26.05 without (its changelog: "Remove pmix")."""
+    listed = cluster.run("srun --mpi=list")
+    if "pmix" not in listed.stdout + listed.stderr:
+        pytest.skip("this Slurm is built without PMIx")
+
+
+@pytest.fixture(scope="session")
 def image(cluster: Cluster) -> str:
     """Path, on every machine of the cluster, of the squashfs image with the OpenMPI program `ring`; root's file."""
     images.install(cluster.layout.images)

@@ -144,6 +144,7 @@ def test_a_builder_that_its_user_stops_is_ended_by_the_deadline(
     assert clean.rows() == []
 
 
+@pytest.mark.releases
 def test_scancel_while_building_ends_everything(
     fragile: Cluster, clean: Leftovers, origin: Origin, all_points: list[Point]
 ) -> None:
@@ -298,6 +299,7 @@ def await_none(cluster: Cluster, node: str, name: str, timeout: float = 10) -> N
         time.sleep(0.01)
 
 
+@pytest.mark.releases
 def test_tasks_die_with_slurmstepd(fragile: Cluster, clean: Leftovers, sleeper: Running) -> None:
     kill(slurmstepd(fragile, "n1"))
     await_none(fragile, "n1", "sleep")
@@ -305,6 +307,7 @@ def test_tasks_die_with_slurmstepd(fragile: Cluster, clean: Leftovers, sleeper: 
     assert clean.rows() == []
 
 
+@pytest.mark.releases
 def test_slurmstepd_killed_while_building(
     fragile: Cluster, clean: Leftovers, origin: Origin, all_points: list[Point]
 ) -> None:
@@ -359,6 +362,7 @@ def test_a_killed_task_is_an_ordinary_end(fragile: Cluster, clean: Leftovers, sl
     assert clean.rows() == []
 
 
+@pytest.mark.releases
 def test_srun_killed_leaves_nothing(fragile: Cluster, clean: Leftovers, sleeper: Running) -> None:
     command = sleeper.command()
     assert command is not None
@@ -485,6 +489,7 @@ def _links(pid: int) -> list[str]:
 # ---------------------------------------------------------------------------------------------- slurmd
 
 
+@pytest.mark.releases
 def test_slurmd_restarted_while_a_step_runs(fragile: Cluster, clean: Leftovers) -> None:
     running = start(fragile, [*STEP, "sh", "-c", "echo asleep; sleep 2; echo awake"])
     await_output(running, "asleep")

@@ -150,6 +150,7 @@ def test_steps_of_a_job_share_their_network(idle: Cluster, image: str) -> None:
         assert [later[task][0]["netns"] for task in (0, 1)] == [first[task][0]["netns"] for task in (0, 1)]
 
 
+@pytest.mark.releases
 def test_jobs_of_two_users_can_not_reach_each_other(idle: Cluster, image: str) -> None:
     serve = "{P} serve 7777 25 secret"
     with (
@@ -266,6 +267,7 @@ def test_the_network_ends_although_its_agent_was_killed_and_somebody_holds_it(id
             assert idle.run(["pgrep", "-f", "peer.py hold"], node="n1").stdout  # The namespace is still there.
 
 
+@pytest.mark.releases
 def test_a_network_lasts_from_step_to_step_and_no_longer_than_its_job(idle: Cluster, image: str) -> None:
     with allocation(idle, "-N1", "-w", "n1") as (job, joined):
         assert is_free(idle, "n1", job)
@@ -314,8 +316,11 @@ def test_variables_that_name_the_nodes_interface_are_reset(idle: Cluster, image:
 # -- MPI --------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.releases
 @pytest.mark.parametrize(("nodes", "tasks"), [(2, 4), (4, 8)])
-def test_openmpi_over_the_job_network(idle: Cluster, usera: Run, image: str, nodes: int, tasks: int) -> None:
+def test_openmpi_over_the_job_network(
+    idle: Cluster, usera: Run, pmix: None, image: str, nodes: int, tasks: int
+) -> None:
     options = f"--mpi=pmix -N{nodes} -n{tasks} --container-image={image} --container-network=job"
     done = usera(f"srun {options} traffic ring --rounds 5")
     assert done.returncode == 0, done.stdout + done.stderr
@@ -327,6 +332,7 @@ def test_openmpi_over_the_job_network(idle: Cluster, usera: Run, image: str, nod
         assert sent - sent_before > 10 and received - received_before > 10
 
 
+@pytest.mark.releases
 def test_mpich_over_the_job_network(idle: Cluster, usera: Run, mpich_image: str) -> None:
     """UCX of Debian 12 hangs in MPI_Finalize in 1 of 15 runs, also without containers; not over TCP alone."""
     options = f"--mpi=pmi2 -N2 -n2 --container-image={mpich_image} --container-network=job"

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import re
+from collections.abc import Callable
 
 import pytest
 from conftest import Run
+from enclos.runtime.cluster import image as images
 from enclos.runtime.cluster import releases
 from enclos.runtime.cluster.cluster import Cluster, ClusterError
 from enclos.runtime.cluster.layout import shim_path
@@ -54,3 +57,78 @@ def test_root_is_read_only(cluster: Cluster, release: str) -> None:
     assert cluster.run("cat /usr/touched /etc/debian_version", node="n1").stdout == "changed\n"
     assert not (root.path / "usr/touched").exists()
     assert (root.path / "etc/debian_version").read_text() != "changed\n"
+
+
+# -- what differs -----------------------------------------------------------------------------------------
+
+IMAGE = "--container-image=/images/openmpi.sqsh"
+BACKFILL = "SchedulerType=sched/backfill\nSchedulerParameters=bf_interval=1,sched_interval=1\n"
+OCI = """\
+RunTimeQuery="true"
+RunTimeCreate="true"
+RunTimeStart="true"
+RunTimeKill="true"
+RunTimeDelete="true"
+RunTimeRun="/bin/echo by Slurm itself"
+"""
+
+
+@pytest.fixture(scope="module")
+def other(make_cluster: Callable[..., Cluster], release: str) -> Cluster:
+    """Het jobs need the backfill scheduler; Slurm's own key in place of munge is there from 23.11 on."""
+    rows, files = BACKFILL, {}
+    if release > "23.11":
+        rows += "AuthType=auth/slurm\nCredType=cred/slurm\nAuthInfo=use_client_ids\n"
+        files = {"slurm.key": "k" * 1024}
+    made = make_cluster(2, slurm_conf_extra=rows, slurm_files=files)
+    images.install(made.layout.images)
+    return made
+
+
+def test_slurms_own_key_in_place_of_munge(other: Cluster, release: str) -> None:
+    if release < "23.11":
+        pytest.skip("Slurm before 23.11 has munge only")
+    done = other.run(f"srun -N2 -n2 {IMAGE} --container-network=job id -u", "usera")
+    assert (done.returncode, done.stdout) == (0, "61001\n61001\n")
+    assert "auth/slurm" in other.run("scontrol show config").stdout
+
+
+def test_het_job_has_the_pmix_directories_of_its_leader(other: Cluster) -> None:
+    listed = other.run("srun --mpi=list")
+    if "pmix" not in listed.stdout + listed.stderr:
+        pytest.skip("this Slurm is built without PMIx")
+    part = f"-n1 --mpi=pmix {IMAGE} sh -c 'echo $SLURM_JOB_ID $SLURM_HET_JOB_ID_GROUP_0 /run/slurmd/pmix*'"
+    done = other.run(f"srun {part} : {part}", "usera")
+    rows = [row.split() for row in done.stdout.splitlines()]
+    assert done.returncode == 0 and len(rows) == 2, done.stderr
+    leader = min(row[0] for row in rows)
+    assert {row[-1] for row in rows} == {f"/run/slurmd/pmix.{leader}.0"}
+    ring = other.run(f"srun -n1 --mpi=pmix {IMAGE} ring : -n1 --mpi=pmix {IMAGE} ring", "usera")
+    assert "ring of 2" in ring.stdout, ring.stderr
+
+
+def test_exit_status_of_a_het_step_is_that_of_the_failed_part(other: Cluster) -> None:
+    done = other.run(f"srun -n1 {IMAGE} true : -n1 {IMAGE} sh -c 'exit 9'", "usera")
+    assert done.returncode == 9
+    failed = other.run(f"srun -n1 {IMAGE} true : -n1 --container-image=/images/none true", "usera")
+    assert failed.returncode == 1
+    assert "enclos: --container-image=/images/none: image not found on n" in failed.stderr
+
+
+def test_oci_conf_gives_container_to_slurm(make_cluster: Callable[..., Cluster], release: str) -> None:
+    """Then --container is Slurm's own; --container-image stays ours."""
+    # 22.05 has no such word, and wants a config.json that a real runtime could use: there it has its own error.
+    lenient = release > "23.02"
+    made = make_cluster(1, slurm_files={"oci.conf": OCI + ("IgnoreFileConfigJson=true\n" if lenient else "")})
+    images.install(made.layout.images)
+    bundle = made.layout.shared / "bundle"
+    (bundle / "rootfs").mkdir(parents=True)
+    config = {"ociVersion": "1.0.0", "process": {"args": ["hostname"]}, "root": {"path": "rootfs"}}
+    (bundle / "config.json").write_text(json.dumps(config))
+    ours = made.run(f"srun {IMAGE} sh -c 'echo ${{SLURM_CONTAINER-none}}; id -u'", "usera")
+    assert (ours.returncode, ours.stdout) == (0, "none\n61001\n"), ours.stderr
+    slurms = made.run("srun --container=/shared/bundle echo ran outside", "usera")
+    assert slurms.stdout == ("by Slurm itself\n" if lenient else ""), slurms.stderr
+    assert (slurms.returncode == 0) is lenient
+    assert "bundle" not in made.agent_log("n1")
+    made.down()
