@@ -36,6 +36,15 @@ def test_limits_are_seen_inside_and_only_inside(limited: Cluster) -> None:
     assert inside.stdout.split() == [str(64 << 20), "0", "50000", "100000", "1", "50", "1"], inside.stderr
 
 
+@pytest.mark.vm_new
+def test_controllers_that_slurm_leaves_off(limited: Cluster) -> None:
+    """Enabled on the way down for the step that asks, and for no other: Slurm's own levels have none of our files."""
+    done = step(limited, "io=7:0:rbps=1M,hugetlb=2M:0,pids=9", f"cd {CGROUP}; cat io.max hugetlb.2MB.max pids.max")
+    assert done.stdout.splitlines() == ["7:0 rbps=1048576 wbps=max riops=max wiops=max", "0", "9"], done.stderr
+    without = step(limited, "", f"ls {CGROUP}")
+    assert "memory.max" in without.stdout and "io.max" not in without.stdout
+
+
 @pytest.mark.vm
 def test_quota_and_affinity_are_different(limited: Cluster) -> None:
     """A quota leaves both processors to a step, and slows it down; a set leaves it one, and full speed."""

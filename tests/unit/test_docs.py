@@ -90,7 +90,7 @@ def test_the_user_guide_names_each_option() -> None:
 def test_options_that_are_named_exist(page: Path) -> None:
     """But those of pyxis' that the page says are not there."""
     known = {option.name for option in OPTIONS}
-    absent = {"container-name", "container-save", "container-entrypoint", "container-limit"}
+    absent = {"container-name", "container-save", "container-entrypoint"}
     named = set(re.findall(r"--((?:no-)?container-[a-z-]*[a-z])", page.read_text()))
     assert named <= known | absent, f"{page.name}: {sorted(named - known - absent)}"
 
