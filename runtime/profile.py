@@ -34,6 +34,9 @@ DIRECTORIES = ("~/.config/enclos/profiles", "~/.edf", "/etc/enclos/profiles")
 SUFFIXES = (".toml", ".yaml", ".yml")
 FILE_LIMIT_BYTES = 1 << 20
 DEPTH_LIMIT = 16
+# What the shim can carry (spank/profile.c).
+OPTIONS_LIMIT_BYTES = 60000
+NAMES_LIMIT_BYTES = 4000
 BASE_KEYS = ("base", "base_environment")
 # What others' tools read from the same files.
 IGNORED_KEYS = ("annotations",)
@@ -74,6 +77,10 @@ def load(name: str, environment: Mapping[str, str] | None = None) -> Profile:
     _read(path, variables, merged, profile, ())
     for key, value in merged.items():
         _take(profile, key, value)
+    options = sum(len(os.fsencode(f"{name}={value}\n")) for name, value in profile.options.items())
+    variables_bytes = sum(len(f"set {name}={value}\n".encode()) for name, value in profile.variables.items())
+    if options + variables_bytes > OPTIONS_LIMIT_BYTES or len(",".join(profile.variables)) > NAMES_LIMIT_BYTES:
+        raise errors.profile_bad(str(path), "too long for one step")
     return profile
 
 

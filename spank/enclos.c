@@ -118,8 +118,10 @@ static bool step_begun(spank_t spank, pid_t stepd)
 		return true;
 	if (step_is_extern(spank))
 		return false;
-	profile_apply(spank);
-	if (!step_wants_container(spank))
+	/* A profile that got lost on the way may have named an image: the agent refuses what is left without one. */
+	if (!profile_apply(spank) && options_profile_given())
+		slurm_verbose("enclos: the profile's options are not in the step's environment");
+	else if (!step_wants_container(spank))
 		return false;
 	step.wanted = true;
 	options_settle(spank);

@@ -31,6 +31,7 @@ void options_from_environment(void);
 int options_check_local(void);
 void options_settle(spank_t spank);
 bool options_container_given(void);
+bool options_profile_given(void);
 const char *options_subject(void);
 void options_replace(const char *name, const char *value, const char *own);
 const char *options_relative(void);
@@ -41,9 +42,9 @@ const char *const *options_sent_variables(void);
 /* profile.c: --container-profile */
 bool profile_expand(const char *name);
 bool profile_inherited(void);
-bool profile_gives(const char *option);
+char *profile_value(const char *option);
 void profile_note_own(const char *names);
-void profile_apply(spank_t spank);
+bool profile_apply(spank_t spank);
 void profile_add_fields(spank_t spank, struct wire_out *out);
 
 /* pin.c: the digest that an image's tag has now */

@@ -353,9 +353,13 @@ static int settle_flags(void)
 static int check_image_given(void)
 {
 	int image = find_key("image");
+	char *given = profile_value(row_at(image)->name);
 
-	if (spank_context() != S_CTX_LOCAL || options_container_given() || getenv("SLURM_CONTAINER") != NULL ||
-	    profile_gives(row_at(image)->name))
+	if (given != NULL) {
+		free(given);
+		return 0;
+	}
+	if (spank_context() != S_CTX_LOCAL || options_container_given() || getenv("SLURM_CONTAINER") != NULL)
 		return 0;
 	for (int i = 0; i < ENCLOS_OPTION_COUNT; i++) {
 		if (chosen[i] == NULL || from_environment(i))
@@ -393,9 +397,13 @@ static int expand_profile(void)
 /* Of srun alone: a batch script's steps begin later, and each asks for itself. */
 static int settle_image(void)
 {
-	const char *image = chosen[find_key("image")];
+	int index = find_key("image");
+	char *given = on_command_line(index) ? NULL : profile_value(row_at(index)->name);
+	const char *image = given != NULL ? given : chosen[index];
+	bool refused = spank_context() == S_CTX_LOCAL && image != NULL && !pin_image(image);
 
-	return spank_context() == S_CTX_LOCAL && image != NULL && !pin_image(image) ? -1 : 0;
+	free(given);
+	return refused ? -1 : 0;
 }
 
 int options_check_local(void)
@@ -460,6 +468,11 @@ void options_replace(const char *name, const char *value, const char *own)
 bool options_container_given(void)
 {
 	return chosen[find_key("image")] != NULL || chosen[find_key("name")] != NULL;
+}
+
+bool options_profile_given(void)
+{
+	return chosen[find_key("profile")] != NULL;
 }
 
 /* The container as an error's subject. */

@@ -32,20 +32,29 @@ static void be_reader(const char *name, int output_fd)
 	_exit(127);
 }
 
-/* What the reader prints, as a string; NULL if it failed, after it has said why. */
+static int wait_for(pid_t child)
+{
+	int status = 1;
+
+	while (child > 0 && waitpid(child, &status, 0) < 0 && errno == EINTR)
+		;
+	return status;
+}
+
+/* What the reader prints, as a string; NULL after an error was printed, by the reader or here. */
 static char *read_profile(const char *name)
 {
 	char *text = calloc(1, OUTPUT_LIMIT + 1);
-	int ends[2], status = 1;
+	int ends[2] = { -1, -1 };
 	size_t used = 0;
 	ssize_t count;
 	pid_t child;
 
-	if (text == NULL || pipe(ends) < 0) {
+	if (text == NULL || pipe(ends) < 0 || (child = fork()) < 0) {
+		slurm_error("enclos: --container-profile=%s: cannot read it (%s)", name, strerror(errno));
 		free(text);
 		return NULL;
 	}
-	child = fork();
 	if (child == 0)
 		be_reader(name, ends[1]);
 	close(ends[1]);
@@ -55,9 +64,7 @@ static char *read_profile(const char *name)
 		used += count > 0 ? (size_t)count : 0;
 	}
 	close(ends[0]);
-	while (child > 0 && waitpid(child, &status, 0) < 0 && errno == EINTR)
-		;
-	if (status == 0 && used < OUTPUT_LIMIT)
+	if (wait_for(child) == 0)
 		return text;
 	free(text);
 	return NULL;
@@ -115,26 +122,30 @@ bool profile_inherited(void)
 	return !expanded && getenv(OPTIONS_VARIABLE) != NULL;
 }
 
-bool profile_gives(const char *option)
+/* In the commands: what the profile says of an option, for the caller to free; NULL if it says nothing. */
+char *profile_value(const char *option)
 {
 	const char *text = getenv(OPTIONS_VARIABLE);
 	size_t length = strlen(option);
 
 	for (; text != NULL && *text != '\0'; text += strcspn(text, "\n"), text += *text == '\n') {
 		if (strncmp(text, option, length) == 0 && text[length] == '=')
-			return true;
+			return strndup(text + length + 1, strcspn(text + length + 1, "\n"));
 	}
-	return false;
+	return NULL;
 }
 
-/* In slurmstepd: the profile's options in place of what was inherited. All of this is the user's word. */
-void profile_apply(spank_t spank)
+/*
+ * In slurmstepd: the profile's options in place of what was inherited. All of this is the user's word. Returns false if
+ * what srun read has not come along.
+ */
+bool profile_apply(spank_t spank)
 {
 	static char text[OUTPUT_LIMIT], own[2048];
 	char *rest = text, *line, *equals;
 
 	if (spank_getenv(spank, OPTIONS_VARIABLE, text, sizeof(text)) != ESPANK_SUCCESS)
-		return;
+		return false;
 	if (spank_getenv(spank, OWN_VARIABLE, own, sizeof(own)) != ESPANK_SUCCESS)
 		own[0] = '\0';
 	while ((line = strsep(&rest, "\n")) != NULL) {
@@ -144,6 +155,7 @@ void profile_apply(spank_t spank)
 		*equals = '\0';
 		options_replace(line, equals + 1, own);
 	}
+	return true;
 }
 
 /* The variables that a profile sets: they stay as the job has them. */

@@ -104,3 +104,21 @@ def test_profile_without_an_image(idle: Cluster) -> None:
     assert done.returncode != 0
     assert "needs --container-image" in done.stderr
     assert out(idle, "--container-profile=imageless", f"--container-image={BOX}", "echo", "ran") == "ran\n"
+
+
+@pytest.mark.parametrize("export", ["NONE", "NIL", "ALL,SLURM_ENCLOS_PROFILE="])
+def test_profile_that_gets_lost_lets_nothing_run_outside(idle: Cluster, export: str) -> None:
+    """Its options travel in a variable: a step without it is refused on the node, as its image may have got lost."""
+    done = run(idle, "--container-profile=site", f"--export={export}", "/bin/sh", "-c", "cat /opt/file || echo outside")
+    if done.returncode == 0:
+        assert done.stdout == "of the image\n"
+    else:
+        assert done.stdout == ""
+        assert "it needs --container-image as well" in done.stderr
+
+
+def test_step_inherits_a_profile_that_it_reads_again(idle: Cluster) -> None:
+    """Where the variable was taken away, the name is still there."""
+    lost = "unset SLURM_ENCLOS_PROFILE; exec srun sh -c 'cat /opt/file || echo outside'"
+    done = idle.run(["salloc", "-Q", "-w", "n1", "--container-profile=site", "bash", "-c", lost], "usera")
+    assert done.stdout == "of the image\n", done.stderr
