@@ -69,6 +69,7 @@ test-releases: all ## what depends on Slurm's release, on the other two, as root
 	done
 
 test-vm: all ## the tests marked vm on Linux 6.1 and the newest, in qemu, as root
+	@$(BIN)/pytest tests/vm
 	@tests/vm/vm --kernel new test
 	@tests/vm/vm --kernel 6.1 test
 
