@@ -25,7 +25,7 @@ def main() -> int:
     """Parse the command line and run it."""
     parser = argparse.ArgumentParser(prog="tests/vm/vm", description=__doc__)
     parser.add_argument("--kernel", default="new", choices=kernels.SUITES, help="which kernel (default: new)")
-    parser.add_argument("--timeout", type=float, default=540, help="seconds after which a guest is ended")
+    parser.add_argument("--timeout", type=float, default=900, help="seconds after which a guest is ended")
     verbs = parser.add_subparsers(dest="verb", required=True)
     verbs.add_parser("shell", help="a shell in a guest; exit ends it, ctrl-A x at once")
     run = verbs.add_parser("run", help="run a command in a guest")
