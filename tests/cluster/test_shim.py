@@ -366,15 +366,14 @@ def test_variables_count_less_than_options(cluster: Cluster) -> None:
 @pytest.mark.parametrize("prefix", ["ENCLOS", "PYXIS"])
 def test_each_option_has_its_variables(cluster: Cluster, prefix: str) -> None:
     """Each row's variable reaches the agent as the option does, and the option itself counts more."""
-    values = {"image": "/v", "mounts": "/v:/v", "workdir": "/v", "env": "V", "unshare": "ipc", "network": "none"}
-    values |= {"device": "acme.com/v=v", "name": "v"}
+    values = {"mounts": "/v:/v", "env": "V", "unshare": "ipc", "network": "none", "device": "acme.com/v=v", "name": "v"}
     # readonly is the other form of writable; a profile is read by srun (test_option_profile.py).
     apart = ("readonly", "profile")
     rows = [row for row in OPTIONS if (row.env if prefix == "ENCLOS" else row.pyxis_env) and row.key not in apart]
-    assert {row.key for row in rows if row.arginfo} <= set(values)
-    variables = {f"{prefix}_CONTAINER_{row.key.upper().replace('-', '_')}": values.get(row.key, "1") for row in rows}
-    own = {"image": "/o", "mounts": "/o:/o", "workdir": "/o", "env": "O", "unshare": "uts", "network": "host"}
-    own |= {"device": "acme.com/o=o", "name": "o"}
+    values = {row.key: values.get(row.key, "/v") if row.arginfo else "1" for row in rows} | {"limit": "pids=7"}
+    variables = {f"{prefix}_CONTAINER_{row.key.upper().replace('-', '_')}": values[row.key] for row in rows}
+    own = {"mounts": "/o:/o", "env": "O", "unshare": "uts", "network": "host", "device": "acme.com/o=o", "name": "o"}
+    own = {row.key: own.get(row.key, "/o") for row in rows} | {"limit": "pids=6"}
     words = [f"--{row.name}={own[row.key]}" for row in rows if row.arginfo]
     words += [f"--no-{row.name}" for row in rows if any(other.name == f"no-{row.name}" for other in OPTIONS)]
     with listening(cluster) as listener:
