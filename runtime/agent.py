@@ -19,6 +19,7 @@ from enclos.runtime import errors, protocol, request, stepd
 from enclos.runtime.building import NodeStep
 from enclos.runtime.connection import Connection
 from enclos.runtime.controller import JobFacts
+from enclos.runtime.prefetch import Prefetch
 from enclos.runtime.spawner import RESTART_PAUSE_SECONDS, Child, ChildDied
 from enclos.runtime.steps import JoinReply, Step, Surroundings
 from enclos.runtime.visitors import PREFIX
@@ -59,6 +60,7 @@ class Agent:
         self._steps: dict[tuple[int, int], Step] = {}
         self._watchers: set[asyncio.Task[None]] = set()
         self._spare_order: asyncio.TimerHandle | None = None
+        self._prefetch = Prefetch(around)
         around.named.find_step = lambda job, step: self._steps.get((job, step))
 
     # --- the shim ---------------------------------------------------------------------------------------------
@@ -88,6 +90,7 @@ class Agent:
                 case "job":
                     await self._learn(message)
                 case "end":
+                    self._prefetch.end(message.number("job"))
                     await self.around.jobs.end(message.number("job"))
                 case "prepare":
                     self._prepare(message, _stepd_pid(message, connection, is_task=False))
@@ -117,16 +120,17 @@ class Agent:
 
     async def _learn(self, message: protocol.Message) -> None:
         leader = message.get("leader")
-        await self.around.jobs.announce(
-            JobFacts(
-                message.number("job"),
-                message.number("uid"),
-                message.get("nodelist"),
-                message.get("account"),
-                message.get("partition"),
-                int(leader) if leader.isdigit() else 0,
-            )
+        job = JobFacts(
+            message.number("job"),
+            message.number("uid"),
+            message.get("nodelist"),
+            message.get("account"),
+            message.get("partition"),
+            int(leader) if leader.isdigit() else 0,
         )
+        await self.around.jobs.announce(job)
+        if image := message.get("image"):
+            self._prefetch.begin(job, image)
 
     def _prepare(self, message: protocol.Message, stepd_pid: int) -> None:
         """Begin to build the container of a step."""

@@ -157,14 +157,14 @@ class NodeStep(Step):
             raise errors.bad_image_reference(wanted.image, str(error)) from error
         kept = self._turn.named.image_key if self._turn is not None and self._turn.named is not None else ""
         digest = kept or reference.digest or wanted.image_digest()
+        ids = (wanted.uid, wanted.gid, wanted.groups)
         found = None
         if reference.is_registry:
-            found = await stored.find(self._around.spawner, config, wanted, reference.canonical(), digest)
+            found = await stored.find(self._around.spawner, config, ids, reference.canonical(), digest)
         if found is not None:
             self.record["digest"] = found.digest
             self._mark("stored")
             return plan.CachedImage((), found.config, found.path)
-        ids = (wanted.uid, wanted.gid, wanted.groups)
         want = want_of(reference, digest, ids, wanted.home, wanted.auth_file, wanted.runtime_directory, wanted.cwd)
         record = await self._around.imports.obtain(want, self._tell)
         self._image = record

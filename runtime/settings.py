@@ -237,6 +237,11 @@ class Imports:
         Choice("64K", "128K", "256K", "512K", "1M"),
         "Block size of imported images: larger ones are smaller on disk, and slower where little of a file is read.",
     )
+    prefetch: bool = setting(
+        True,
+        Flag(),
+        "Fetch the image that sbatch or salloc named when the job's prolog runs on a node, before its first step asks.",
+    )
     verify: str = setting(
         "boot",
         Choice("boot", "never"),

@@ -10,13 +10,14 @@ import logging
 from dataclasses import dataclass
 
 from enclos.runtime.images.layout import hex_of
-from enclos.runtime.request import StepRequest
 from enclos.runtime.settings import Config
 from enclos.runtime.spawner import ChildDied, Spawner
 
 log = logging.getLogger("enclosd")
 
 LOOKUP_SECONDS = 10
+# Uid, gid and supplementary groups.
+Ids = tuple[int, int, tuple[int, ...]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,13 +29,14 @@ class Stored:
     config: str
 
 
-async def find(spawner: Spawner, config: Config, request: StepRequest, name: str, digest: str) -> Stored | None:
+async def find(spawner: Spawner, config: Config, ids: Ids, name: str, digest: str) -> Stored | None:
     """The image of that name, or of that digest if it is given, as its user finds it."""
+    uid, gid, groups = ids
     site, template = config.images.site_store, config.images.user_store
     if not site and not template:
         return None
-    fields = [("uid", str(request.uid)), ("gid", str(request.gid)), ("site", site), ("template", template)]
-    fields += [*(("group", str(group)) for group in request.groups), ("name", name), ("digest", digest)]
+    fields = [("uid", str(uid)), ("gid", str(gid)), ("site", site), ("template", template)]
+    fields += [*(("group", str(group)) for group in groups), ("name", name), ("digest", digest)]
     try:
         child = spawner.spawn("lookup", fields)
     except ChildDied:
@@ -48,7 +50,7 @@ async def find(spawner: Spawner, config: Config, request: StepRequest, name: str
                 return Stored(answer.get("digest"), answer.get("path"), answer.get("config"))
     except (ChildDied, TimeoutError, ValueError):
         # Its user may have killed it; then the registry is asked.
-        log.warning("uid=%d image=%s stores do not answer, ignoring", request.uid, name)
+        log.warning("uid=%d image=%s stores do not answer, ignoring", uid, name)
         return None
     finally:
         child.kill()

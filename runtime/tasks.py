@@ -35,6 +35,7 @@ TASKS = {
         Task("relay", relays.run, False),
         Task("serve", server.run, False),
         Task("lookup", lookup.run, True),
+        Task("person", lookup.person, True),
         Task("sweep", sweep.run, True),
         Task("discard", kept.discard, True),
         Task("resolve", relays.resolve, True),

@@ -137,7 +137,7 @@ int slurm_spank_init_post_opt(spank_t spank, int count, char *words[])
 	(void)words;
 	if (in_command()) {
 		/* `optional` would turn a returned error into success, and the step would run without what it asked for. */
-		if (options_check_local() != 0)
+		if (options_check_local(spank) != 0)
 			exit(1);
 		return 0;
 	}

@@ -16,6 +16,8 @@
 
 #include "wire.h"
 
+/* The name under which a job's image is in its environment for prologs, where Slurm puts SPANK_ before it. */
+#define IMAGE_FOR_PROLOGS "ENCLOS_IMAGE"
 #define ENCLOS_SOCKET "/run/enclos/agent.sock"
 #define ENCLOS_BATCH_STEP 0xfffffffbU
 #define ENCLOS_EXTERN_STEP 0xfffffffcU
@@ -28,7 +30,7 @@ bool compat_step_directory(pid_t stepd, char *path, size_t size);
 /* options.c: the rows of options.gen.h as Slurm's options, their values, and what srun can check early */
 void options_register(spank_t spank);
 void options_from_environment(void);
-int options_check_local(void);
+int options_check_local(spank_t spank);
 void options_settle(spank_t spank);
 bool options_container_given(void);
 bool options_profile_given(void);

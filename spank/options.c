@@ -406,10 +406,20 @@ static int settle_image(void)
 	return refused ? -1 : 0;
 }
 
-int options_check_local(void)
+/* So that nodes fetch the image while the job's prolog runs. Failing here only makes its first step wait longer. */
+static void tell_prologs(spank_t spank)
+{
+	const char *image = chosen[find_key("image")];
+
+	if (image != NULL && spank_job_control_setenv(spank, IMAGE_FOR_PROLOGS, image, 1) != ESPANK_SUCCESS)
+		slurm_verbose("enclos: the image cannot be named to prologs, ignoring");
+}
+
+int options_check_local(spank_t spank)
 {
 	if (settle_flags() != 0 || expand_profile() != 0 || check_image_given() != 0 || settle_image() != 0)
 		return -1;
+	tell_prologs(spank);
 	/* With het steps Slurm goes through the options once per component. */
 	for (int i = 0; i < ENCLOS_OPTION_COUNT; i++) {
 		free((char *)chosen[i]);

@@ -188,5 +188,7 @@ bool job_add_facts(struct wire_out *out)
 	wire_add(out, "account", getenv("SLURM_JOB_ACCOUNT"));
 	wire_add(out, "partition", getenv("SLURM_JOB_PARTITION"));
 	wire_add(out, "leader", getenv("SLURM_HET_JOB_ID"));
+	/* The user's word, unlike the others. */
+	wire_add(out, "image", getenv("SPANK_" IMAGE_FOR_PROLOGS));
 	return true;
 }

@@ -7,6 +7,7 @@ answer is a path, which the builder opens as the user like any other, and the te
 from __future__ import annotations
 
 import os
+import pwd
 import socket
 
 from enclos.runtime import linux
@@ -15,6 +16,17 @@ from enclos.runtime.images.filestore import FileStore
 from enclos.runtime.protocol import Message, send
 
 CONFIG_LIMIT = 65536
+
+
+def person(channel: socket.socket, request: Message) -> int:
+    """The task `person`: `uid`. Answers with `gid`, each `group` and `home`; nothing for a user whom the node lacks."""
+    try:
+        entry = pwd.getpwuid(request.number("uid"))
+    except KeyError:
+        return 1
+    groups = os.getgrouplist(entry.pw_name, entry.pw_gid)
+    send(channel, [("gid", str(entry.pw_gid)), ("home", entry.pw_dir), *(("group", str(group)) for group in groups)])
+    return 0
 
 
 def run(channel: socket.socket, request: Message) -> int:

@@ -1,0 +1,179 @@
+"""The image of a job is fetched when its prolog runs: Debian's docker-registry on n2, the job on n1."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import os
+import shutil
+import tarfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from conftest import said
+from enclos.runtime.cluster.cluster import Cluster, Running
+from faults import processes
+
+PORT = 5099
+ADDRESS = f"n2:{PORT}"
+IMAGE = f"docker://{ADDRESS}/tools:1"
+SILENT = ("n2:5098", "n2:5097")  # They accept, and say nothing.
+
+
+@pytest.fixture(scope="module")
+def registry(make_cluster: Callable[..., Cluster]) -> Iterator[Cluster]:
+    """A cluster of its own with a registry in it, and an image of 20 MB there."""
+    cluster = make_cluster(2)
+    shared = cluster.layout.shared
+    (shared / "registry.yml").write_text(
+        "version: 0.1\nlog: {level: error}\nstorage: {filesystem: {rootdirectory: /shared/registry}}\n"
+        f"http: {{addr: 0.0.0.0:{PORT}}}\n"
+    )
+    # The machines' /etc is the cluster's own.
+    places = "".join(f'[[registry]]\nlocation = "{place}"\ninsecure = true\n' for place in (ADDRESS, *SILENT))
+    for node in (None, "n1", "n2"):
+        write = "mkdir -p /etc/containers/registries.conf.d; cat > /etc/containers/registries.conf.d/test.conf"
+        assert cluster.run(write, node=node, input=places).returncode == 0
+    server = cluster.popen(["docker-registry", "serve", "/shared/registry.yml"], node="n2")
+    make_layout(shared / "layout")
+    command = ["skopeo", "copy", "-q", "--dest-tls-verify=false", "oci:/shared/layout:1", IMAGE]
+    deadline = time.monotonic() + 20
+    while (pushed := cluster.run(command, node="n2")).returncode != 0 and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert pushed.returncode == 0, pushed.stderr
+    yield cluster
+    stop(server)
+
+
+def stop(running: Running) -> None:
+    running.terminate()
+    running.communicate(timeout=20)
+
+
+def make_layout(folder: Path) -> None:
+    """An OCI layout with one layer: busybox, and something to fetch."""
+    busybox = shutil.which("busybox")
+    assert busybox is not None
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w") as archive:
+        archive.add(busybox, "bin/busybox")
+        for name in ("cat", "sh", "true"):
+            link = tarfile.TarInfo(f"bin/{name}")
+            link.type, link.linkname = tarfile.SYMTYPE, "busybox"
+            archive.addfile(link)
+        random = tarfile.TarInfo("random")
+        random.size = 20 << 20
+        archive.addfile(random, io.BytesIO(os.urandom(random.size)))
+    blobs = folder / "blobs/sha256"
+    blobs.mkdir(parents=True)
+
+    def store(data: bytes, kind: str) -> dict[str, object]:
+        digest = hashlib.sha256(data).hexdigest()
+        (blobs / digest).write_bytes(data)
+        return {"mediaType": f"application/vnd.oci.image.{kind}", "digest": f"sha256:{digest}", "size": len(data)}
+
+    layer = store(buffer.getvalue(), "layer.v1.tar")
+    config = {"architecture": "amd64", "os": "linux", "config": {"Env": ["FROM_IMAGE=yes"], "WorkingDir": "/work"}}
+    config["rootfs"] = {"type": "layers", "diff_ids": [layer["digest"]]}
+    described = store(json.dumps(config).encode(), "config.v1+json")
+    text = json.dumps({"schemaVersion": 2, "config": described, "layers": [layer]})
+    manifest = store(text.encode(), "manifest.v1+json")
+    manifest["annotations"] = {"org.opencontainers.image.ref.name": "1"}
+    (folder / "index.json").write_text(json.dumps({"schemaVersion": 2, "manifests": [manifest]}))
+    (folder / "oci-layout").write_text('{"imageLayoutVersion": "1.0.0"}')
+
+
+def allocate(cluster: Cluster, *options: str, user: str = "usera") -> str:
+    done = cluster.run(["salloc", "--no-shell", "-w", "n1", *options], user, timeout=30)
+    assert done.returncode == 0, done.stderr
+    return next(word for word in done.stderr.split() if word.isdigit())
+
+
+def cached(cluster: Cluster) -> list[str]:
+    """Names of the records in the cache of n1."""
+    folder = cluster.path_on("n1", "/var/cache/enclos/images")
+    return sorted(path.name for path in folder.iterdir()) if folder.exists() else []
+
+
+def empty(cluster: Cluster) -> None:
+    cluster.stop_agent("n1")
+    shutil.rmtree(cluster.path_on("n1", "/var/cache/enclos"), ignore_errors=True)
+    cluster.path_on("n1", "/var/cache/enclos").mkdir(exist_ok=True)
+    cluster.start_agent("n1")
+
+
+@pytest.fixture
+def fresh(registry: Cluster) -> Iterator[Cluster]:
+    """n1 has no image."""
+    registry.await_idle()
+    empty(registry)
+    yield registry
+    registry.run("scancel --user=usera")
+    registry.await_idle()
+
+
+def await_cached(cluster: Cluster, timeout: float = 30) -> None:
+    deadline = time.monotonic() + timeout
+    while not cached(cluster):
+        assert time.monotonic() < deadline, cluster.agent_log("n1")
+        time.sleep(0.05)
+
+
+def test_the_image_is_there_before_the_first_step(fresh: Cluster) -> None:
+    job = allocate(fresh, f"--container-image={IMAGE}")
+    await_cached(fresh)
+    deadline = time.monotonic() + 10
+    while f"image={IMAGE} is here" not in fresh.agent_log("n1") and time.monotonic() < deadline:
+        time.sleep(0.05)
+    script = "echo $FROM_IMAGE; pwd"
+    done = fresh.run(["srun", f"--jobid={job}", f"--container-image={IMAGE}", "sh", "-c", script], "usera")
+    assert (done.returncode, done.stdout, said(done.stderr)) == (0, "yes\n/work\n", []), done.stderr
+
+
+def listen(cluster: Cluster, port: int) -> Running:
+    """A registry that accepts and says nothing. The kernel does it: nobody has to take the connections."""
+    code = f"import socket, time; server = socket.create_server(('', {port})); print(flush=True); time.sleep(300)"
+    running = cluster.popen(["python3", "-c", code], node="n2")
+    assert running.stdout is not None and running.stdout.readline() == "\n"
+    return running
+
+
+def test_the_prolog_does_not_wait(fresh: Cluster) -> None:
+    silent = listen(fresh, 5098)
+    begin = time.monotonic()
+    allocate(fresh, "--container-image=docker://n2:5098/tools:1")
+    done = fresh.run(["srun", "-w", "n1", "--overlap", "true"], "usera")
+    assert done.returncode == 0 and time.monotonic() - begin < 10
+    stop(silent)
+
+
+def test_a_name_that_makes_no_sense_hurts_nobody(fresh: Cluster) -> None:
+    """It comes from the user's environment, whatever the plugin's options say."""
+    for value in ("docker://", "/etc/passwd", "x" * 5000, "docker://n2:1/none:1", "oci:/etc", "a\tb\x1b[2J"):
+        done = fresh.run(["salloc", "--no-shell", "-w", "n1"], "usera", env={"SPANK_ENCLOS_IMAGE": value})
+        assert done.returncode == 0, done.stderr
+        fresh.run("scancel --user=usera")
+    fresh.await_idle()
+    assert set(fresh.run(["sinfo", "-h", "-N", "-o", "%T"]).stdout.split()) == {"idle"}
+    assert cached(fresh) == []
+
+
+def test_a_job_that_ends_stops_it(fresh: Cluster) -> None:
+    silent = listen(fresh, 5097)
+    job = allocate(fresh, "--container-image=docker://n2:5097/tools:1")
+    assert importers(fresh, wanted=True)
+    fresh.run(["scancel", job])
+    fresh.await_idle()
+    assert not importers(fresh, wanted=False)
+    stop(silent)
+
+
+def importers(cluster: Cluster, *, wanted: bool) -> bool:
+    """Whether an importer's sandbox is on n1, after waiting for it to be as wanted."""
+    deadline = time.monotonic() + 10
+    while (found := bool(processes(cluster, "n1", "enclos-holder"))) != wanted and time.monotonic() < deadline:
+        time.sleep(0.02)
+    return found
