@@ -117,9 +117,9 @@ def _parser() -> common.Parser:
     export = verb("export", _export, "write an image to a squashfs file")
     export.add_argument("image", help=NAMED)
     export.add_argument("file", help="the file; one that is there is left alone")
-    bring = verb("import", _import, "take a squashfs file into your store under a name")
-    bring.add_argument("file")
-    bring.add_argument("name", help="NAME:TAG")
+    bring = verb("import", _import, "take a squashfs or SIF file, or an archive, into your store under a name")
+    bring.add_argument("file", help="a file, or oci:DIR, oci-archive:FILE, docker-archive:FILE, dir:DIR")
+    bring.add_argument("name", help="as NAME:TAG")
     resolve = verb("resolve", _resolve, "show the digest that a step would run: of the stores, else of the registry")
     resolve.add_argument("image", help="as docker://REGISTRY/NAME:TAG")
     resolve.add_argument("--registry", action="store_true", help="ask the registry in any case")
@@ -154,10 +154,27 @@ def _pull(work: Work) -> int:
 
 
 def _import(work: Work) -> int:
-    store, path = work.own(), work.given.file
     name = work.reference(work.given.name)
     if not name.is_registry:
         raise errors.bad_image_reference(work.given.name, "it must be a name, as NAME:TAG")
+    if work.given.file.startswith(tuple(f"{kind}:" for kind in reference.LOCAL_KINDS)):
+        return _import_archive(work, name.canonical())
+    return _import_file(work, name.canonical())
+
+
+def _import_archive(work: Work, name: str) -> int:
+    from enclos.runtime.images.pulling import Puller
+
+    store, archive = work.own(), work.reference(work.given.file)
+    store.make()
+    with progress.shown(archive.text, store) as show:
+        image, _ = Puller(work.config, show).pull(store, archive, name)
+        show.end(f"{name}: {image.digest}, {size(image.bytes)}")
+    return _say(work, "", _as_json("own", store, image))
+
+
+def _import_file(work: Work, name: str) -> int:
+    store, path = work.own(), work.given.file
     with open(path, "rb") as source:
         _check_kind(source.fileno(), path)
         store.make()
@@ -169,8 +186,8 @@ def _import(work: Work) -> int:
                 with open(target, "xb") as copy:
                     shutil.copyfileobj(source, copy, 1 << 20)
                 image = store.add(digest, f"file:{os.path.abspath(path)}", target, "")
-        store.name(name.canonical(), digest)
-    return _say(work, f"{name.canonical()}: {digest}, {size(image.bytes)}", _as_json("own", store, image))
+        store.name(name, digest)
+    return _say(work, f"{name}: {digest}, {size(image.bytes)}", _as_json("own", store, image))
 
 
 def _check_kind(fd: int, path: str) -> None:

@@ -44,13 +44,13 @@ class Puller:
         with self._importer(reference, "", f"/nonexistent/{os.getpid()}") as channel:
             return _resolved(channel)[0]
 
-    def pull(self, store: FileStore, reference: Reference) -> tuple[StoredImage, bool]:
-        """Bring an image into a store under its name.
+    def pull(self, store: FileStore, reference: Reference, name: str = "") -> tuple[StoredImage, bool]:
+        """Bring an image into a store, under its own name or another.
 
         Returns:
             The image, and whether it is new there.
         """
-        name = reference.canonical()
+        name = name or reference.canonical()
         with self._importer(reference, reference.digest, store.work.directory) as channel:
             digest, layers = _resolved(channel)
             with store.working(digest, lambda: self.progress("waiting for another pull of the same image")):
@@ -107,6 +107,7 @@ class Puller:
             limits=Limits(imports.limit_files, amount(imports.limit_bytes)),
             memory=amount(imports.memory),
             packing=self._packing,
+            directory=os.getcwd(),
             whole=True,
             own=not root,
         )

@@ -220,6 +220,22 @@ def test_import_of_a_file(caller: Caller, tmp_path: Path) -> None:
     assert bad.returncode == 1 and "not a squashfs file" in bad.stderr
 
 
+@pytest.mark.parametrize("kind", ["oci", "oci-archive", "docker-archive"])
+def test_import_of_an_archive(caller: Caller, registry: Registry, kind: str) -> None:
+    made = Path(caller.store.directory).with_name("archive")
+    tag = {"oci": ":t", "oci-archive": "", "docker-archive": ":small:t"}[kind]
+    command = ["skopeo", "copy", "-q", f"oci:{registry.folder / 'small'}:t", f"{kind}:{made}{tag}"]
+    subprocess.run(command, check=True, timeout=30)
+    subprocess.run(["chown", "-R", f"{caller.uid}:{caller.uid}", str(made)], check=True)
+    done = caller.run("import", f"{kind}:{made}", "mine:1")
+    assert done.returncode == 0, done.stderr
+    shown = caller.json("inspect", "mine:1")
+    assert shown["config"]["WorkingDir"] == "/work"
+    listed = subprocess.run(["unsquashfs", "-l", shown["path"]], capture_output=True, text=True, check=True).stdout
+    assert "squashfs-root/etc/above" in listed and "gone" not in listed
+    assert [name for name in files(caller.store) if name.startswith("work/")] == []
+
+
 def test_progress_is_a_bar_on_a_terminal(caller: Caller) -> None:
     """Plain lines elsewhere: the other tests read them."""
     mine, theirs = pty.openpty()
