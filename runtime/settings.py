@@ -472,10 +472,12 @@ def option(
 OPTIONS: tuple[Option, ...] = (
     option(
         "image",
-        "PATH",
-        "run the step in a container made from this image: a squashfs or SIF file or a directory on the node",
-        "The path is looked up on the compute node with your rights. ./PATH starts at the step's working "
-        "directory.",
+        "IMAGE",
+        "run the step in a container made from this image: docker://REGISTRY/NAME:TAG, or a path on the node",
+        "A name in a registry (docker://[USER@]REGISTRY[:PORT]/NAME[:TAG][@DIGEST], REGISTRY#NAME:TAG, or NAME:TAG in "
+        "the site's own), oci:DIR[:TAG], oci-archive:FILE, docker-archive:FILE, dir:DIR, or the path of a squashfs or "
+        "SIF file or of a directory. Paths are looked up on the compute node with your rights; ./PATH starts at the "
+        "step's working directory.",
         checks=early.IMAGE,
     ),
     option(

@@ -92,8 +92,8 @@ struct enclos_option_row {
 
 static const struct enclos_option_row enclos_option_rows[] = {
 	{
-		"container-image", "PATH",
-		"[enclos] run the step in a container made from this image: a squashfs or SIF file or a directory on the node",
+		"container-image", "IMAGE",
+		"[enclos] run the step in a container made from this image: docker://REGISTRY/NAME:TAG, or a path on the node",
 		1, "ENCLOS_CONTAINER_IMAGE", "PYXIS_CONTAINER_IMAGE", "image", NULL,
 		enclos_checks_image,
 	},

@@ -89,6 +89,10 @@ def image_findings(settings: Config) -> Iterator[Finding]:
         hint = "give it to root, and let nobody else write to it"
         what = f"{site} is not root's alone"
         yield ok("images.site_store", site) if closed else mend("images.site_store", what, hint)
+    for program, what in (("skopeo", "skopeo"), ("tar2sqfs", "squashfs-tools-ng"), ("zstd", "zstd")):
+        found = shutil.which(program)
+        hint = f"install {what}: images of registries need it"
+        yield ok(program, found) if found else note(program, "not installed", hint)
     wanted = settings.images.user_files == "fuse"
     try:
         yield ok("squashfuse", server.find_program())

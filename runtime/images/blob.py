@@ -6,20 +6,66 @@ wrong. Runs in the importer, on bytes that a user chose.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
+import queue
 import subprocess
 import threading
 import zlib
+from collections.abc import Callable
 
 GZIP = b"\x1f\x8b"
 ZSTD = b"\x28\xb5\x2f\xfd"
 CHUNK = 1 << 18
+AHEAD = 8
 ZSTD_COMMAND = ("zstd", "-dcq", "--no-check", "--memory=128MB")
 
 
 class BadBlob(ValueError):
     """The blob is damaged, or not what its digest says."""
+
+
+class _Ahead:
+    """Decompresses ahead of its reader, in a thread: zlib and SHA-256 let Python go on meanwhile."""
+
+    def __init__(self, produce: Callable[[], bytes]) -> None:
+        self._produce = produce
+        self._queue: queue.Queue[bytes | Exception] = queue.Queue(AHEAD)
+        self._stopped = False
+        self._thread = threading.Thread(target=self._run, daemon=True)
+        self._thread.start()
+
+    def take(self) -> bytes:
+        """The next piece; b"" at the end, again and again. Raises what the producer raised."""
+        if self._stopped:
+            return b""
+        item = self._queue.get()
+        if isinstance(item, Exception):
+            self._queue.put(item)
+            raise item
+        if not item:
+            self._queue.put(item)
+        return item
+
+    def stop(self) -> None:
+        """Wait until the producer does nothing any more; what it had ready is dropped."""
+        self._stopped = True
+        while self._thread.is_alive():
+            with contextlib.suppress(queue.Empty):
+                self._queue.get_nowait()
+            self._thread.join(0.001)
+
+    def _run(self) -> None:
+        while not self._stopped:
+            try:
+                data = self._produce()
+            except Exception as error:
+                self._queue.put(error)
+                return
+            self._queue.put(data)
+            if not data:
+                return
 
 
 class Blob:
@@ -47,11 +93,12 @@ class Blob:
             self._gzip = zlib.decompressobj(31)
         elif magic == ZSTD:
             self._start_zstd()
+        self._ahead = _Ahead(self._more)
 
     def read(self, count: int) -> bytes:
         """Up to `count` bytes of the decompressed layer; b"" at its end. Raises BadBlob."""
         if self._at >= len(self._buffer):
-            self._buffer, self._at = self._more(), 0
+            self._buffer, self._at = self._ahead.take(), 0
         data = self._buffer[self._at : self._at + count]
         self._at += len(data)
         return data
@@ -59,6 +106,7 @@ class Blob:
     def finish(self) -> None:
         """Read the rest, compare the digest, and close. Raises BadBlob."""
         try:
+            self._ahead.stop()
             if self._zstd is None:
                 while self._raw():
                     pass
@@ -70,6 +118,7 @@ class Blob:
             raise BadBlob("it does not match its digest")
 
     def close(self) -> None:
+        self._ahead.stop()
         if self._zstd is not None:
             self._zstd.kill()
             self._zstd.wait()

@@ -5,6 +5,7 @@ Runs in the importer, without network and rights, on bytes that a user chose.
 
 from __future__ import annotations
 
+import fcntl
 import os
 import subprocess
 import tempfile
@@ -19,6 +20,7 @@ from enclos.runtime.images.order import Limits, Packing
 
 END_OF_ARCHIVE = bytes(2 * tar.BLOCK)
 BUFFER_BYTES = 1 << 18
+PIPE_BYTES = 1 << 20  # What everybody may have (/proc/sys/fs/pipe-max-size).
 STDERR_LIMIT = 4096
 
 
@@ -73,7 +75,7 @@ def pack(layers: Sequence[Layer], lowest: bool, limits: Limits, packing: Packing
 
     Raises:
         BadArchive, BadLayer, BadBlob, TooLarge: the layers; NeedsBase: they need those below;
-        PackFailed: tar2sqfs.
+        PackFailed: tar2sqfs; FileNotFoundError: it is not installed.
     """
     blobs = _Blobs(layers)
     merge = Merge(blobs.openers(), lowest, limits)
@@ -95,6 +97,8 @@ def _into_squashfs(produce: Callable[[tar.Write], None], blobs: _Blobs, packing:
         command = _command(packing, path)
         process = subprocess.Popen(command, stdin=subprocess.PIPE, stderr=messages, pass_fds=_fd_of(path))
         assert process.stdin is not None
+        # As shipped a pipe holds a quarter of what is written at a time.
+        fcntl.fcntl(process.stdin, fcntl.F_SETPIPE_SZ, PIPE_BYTES)
         try:
             with open(process.stdin.fileno(), "wb", BUFFER_BYTES, closefd=False) as stream:
                 produce(stream.write)

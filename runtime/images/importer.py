@@ -229,11 +229,11 @@ class Importer:
         groups = [resolved.layers] if self._order.whole else manifest.group(resolved.layers)
         try:
             try:
-                self._build(resolved, credentials, groups, reuse)
+                config = self._build(resolved, credentials, groups, reuse)
             except Whole:
                 self._stop()
                 self._tell("whole")
-                self._build(resolved, credentials, [resolved.layers], frozenset())
+                config = self._build(resolved, credentials, [resolved.layers], frozenset())
         except errors.EnclosError as error:
             self._stop()
             # Blobs of a download that was cut off are worth keeping; those of an image that is no good are not.
@@ -242,18 +242,19 @@ class Importer:
             raise
         self._stop()
         self._remove_work(resolved)
+        # The last word: the agent may end this process at once.
+        self._tell("done", ("config", config))
 
     def _build(
         self, resolved: Resolved, credentials: Credentials, groups: Sequence[Sequence[LayerInfo]], reuse: frozenset[str]
-    ) -> None:
+    ) -> str:
         keys = [
             manifest.part_key([layer.digest for layer in group], index == 0, self._order.packing)
             for index, group in enumerate(groups)
         ]
         wanted = [index for index, key in enumerate(keys) if key not in reuse]
         if not self._reference.is_registry:
-            Build(self, None, groups, keys, wanted, self._open_source, self._config).run()
-            return
+            return Build(self, None, groups, keys, wanted, self._open_source, self._config).run()
         needed = {layer.digest for index in wanted for layer in groups[index]}
         self._prepare_work(resolved, needed)
         largest = max([layer.bytes for layer in resolved.layers], default=0)
@@ -265,7 +266,7 @@ class Importer:
         def open_blob(digest: str) -> tuple[int, int, int | None]:
             return _open_blob(f"{work}/blobs/sha256/{digest.partition(':')[2]}"), 0, None
 
-        Build(self, fetcher, groups, keys, wanted, open_blob).run()
+        return Build(self, fetcher, groups, keys, wanted, open_blob).run()
 
     def _open_source(self, digest: str) -> tuple[int, int, int | None]:
         """A layer of an image on disk: a file of the layout, or a part of the archive."""
@@ -378,7 +379,8 @@ class Build:
         self._converting: dict[Sandbox, tuple[int, int]] = {}
         self._config = config
 
-    def run(self) -> None:
+    def run(self) -> str:
+        """Make all parts that are wanted; the image's configuration."""
         try:
             while self._fetcher is not None or self._waiting or self._converting:
                 self._start_converters()
@@ -391,7 +393,7 @@ class Build:
         finally:
             for _, output_fd in self._converting.values():
                 os.close(output_fd)
-        self._importer._tell("done", ("config", self._config or "{}"))
+        return self._config or "{}"
 
     def _hear_fetcher(self, fetcher: Sandbox) -> None:
         message = self._importer.message_of(fetcher)
@@ -474,6 +476,8 @@ def job_convert(
             protocol.send(channel, errors.layer_bad(order.image, shown, f"no tar archive: {error}").fields())
         except (BadLayer, BadBlob) as error:
             protocol.send(channel, errors.layer_bad(order.image, shown, str(error)).fields())
+        except FileNotFoundError as error:
+            protocol.send(channel, errors.program_missing(str(error.filename)).fields())
         except MemoryError:
             detail = f"its names need more than {order.memory} bytes of memory"
             protocol.send(channel, errors.image_too_large(order.image, detail, "imports.memory").fields())

@@ -23,9 +23,9 @@ MANIFEST_LIMIT_BYTES = 4 << 20
 LAYER_LIMIT = 1000
 CONFIG_LIMIT_BYTES = 64 << 10
 ARCHITECTURES = {"x86_64": "amd64", "aarch64": "arm64", "ppc64le": "ppc64le", "s390x": "s390x", "riscv64": "riscv64"}
-# A part is closed when its layers have this many compressed bytes; twice as many after each eight parts.
+# A part is closed when its layers have this many compressed bytes; twice as many after each sixteen parts.
 PART_BYTES = 24 << 20
-PARTS_BEFORE_DOUBLING = 8
+PARTS_BEFORE_DOUBLING = 16
 
 
 class BadManifest(ValueError):
