@@ -74,7 +74,8 @@ class Sandbox:
         """Kill what still runs, and wait for it."""
         if self.pid:
             with contextlib.suppress(ProcessLookupError):
-                os.kill(self.pid, signal.SIGKILL)
+                # Not SIGKILL: the holder kills what it holds, and ends when that is gone.
+                os.kill(self.pid, signal.SIGTERM)
             self.wait()
         self.channel.close()
 
@@ -104,6 +105,8 @@ def start(name: str, job: Job, rights: Rights, work: str = "", fds: Sequence[int
 
 def _hold(name: str, job: Job, rights: Rights, work: str, channel: socket.socket, fds: Sequence[int]) -> int:
     linux.set_parent_death_signal(signal.SIGKILL)
+    # Until there is something to kill, and it is known, an order to end waits.
+    signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
     linux.close_other_descriptors([0, 1, 2, channel.fileno(), *fds])
     namespaces = linux.CLONE_NEWNS | linux.CLONE_NEWPID | linux.CLONE_NEWIPC | linux.CLONE_NEWUTS
     linux.unshare(namespaces | (0 if rights.network else linux.CLONE_NEWNET))
@@ -111,6 +114,7 @@ def _hold(name: str, job: Job, rights: Rights, work: str, channel: socket.socket
     if pid == 0:
         status = 1
         try:
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGTERM])
             _confine(name, rights, work)
             if not _hung_up(channel):
                 job(channel)
@@ -121,6 +125,8 @@ def _hold(name: str, job: Job, rights: Rights, work: str, channel: socket.socket
             _report(name, error)
         finally:
             os._exit(status)
+    signal.signal(signal.SIGTERM, lambda number, frame: _kill(pid))
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGTERM])
     channel.close()
     for fd in fds:
         os.close(fd)
@@ -128,6 +134,11 @@ def _hold(name: str, job: Job, rights: Rights, work: str, channel: socket.socket
     _, wait_status = os.waitpid(pid, 0)
     code = os.waitstatus_to_exitcode(wait_status)
     return code if code >= 0 else 128 - code
+
+
+def _kill(pid: int) -> None:
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(pid, signal.SIGKILL)
 
 
 def _hung_up(channel: socket.socket) -> bool:

@@ -420,7 +420,10 @@ def test_a_killed_import_leaves_nothing_but_layers_and_resumes(
     running = Import(image, store)
     running.receive()
     running.go()
-    assert running.receive()["state"] == ["part"]
+    small = json.loads(blob(tmp_path / "layout", index_of(tmp_path / "layout")))["layers"][2]["digest"][7:]
+    deadline = time.monotonic() + 20
+    while not list(Path(store.directory).glob(f"work/*/blobs/sha256/{small}")):
+        assert time.monotonic() < deadline, "no layer arrived"
     children = [pid for pid, _ in below(running.process.pid)]
     running.process.kill()
     running.process.wait()
@@ -431,8 +434,7 @@ def test_a_killed_import_leaves_nothing_but_layers_and_resumes(
     (work,) = left(store)["work"]
     blobs = f"{store.directory}/work/{work}/blobs/sha256"
     # Manifest and configuration are written anew each time.
-    manifest = json.loads(Path(tmp_path, "layout/index.json").read_text())["manifests"][0]["digest"][7:]
-    described = json.loads(Path(tmp_path, "layout/blobs/sha256", manifest).read_text())["layers"]
+    described = json.loads(blob(tmp_path / "layout", index_of(tmp_path / "layout")))["layers"]
     kept = sorted({row["digest"][7:] for row in described} & set(os.listdir(blobs)))
     assert kept, "no layer was there yet"
     # One was cut by a power cut, and is fetched again. The others are gone from the registry, which is not asked.
@@ -512,6 +514,15 @@ def test_a_part_that_somebody_writes_to_is_not_taken(store: Store) -> None:
     assert left(store)["parts"] == []
     os.close(writer)
     os.close(fd)
+
+
+def index_of(layout: Path) -> str:
+    """The digest of a layout's only manifest."""
+    return str(json.loads((layout / "index.json").read_text())["manifests"][0]["digest"])
+
+
+def blob(layout: Path, digest: str) -> bytes:
+    return (layout / "blobs/sha256" / digest[7:]).read_bytes()
 
 
 def below(pid: int) -> Iterator[tuple[int, dict[str, str]]]:
