@@ -227,7 +227,7 @@ class NodeStep(Step):
         try:
             slurm = await _slurm_client() if decision.slurm else None
             self._commands = os.path.dirname(slurm.commands[0][0]) if slurm else ""
-            devices = await self._around.devices.select(self.request)
+            devices = await self._around.devices.select(self.request, decision.network)
             cgroup_path, leader = self.record["cgroup"], self._het_leader()
             node = plan.NodeFacts(self._around.stage, cgroup_path, slurm, devices, leader, pid_namespace_of)
             image = await self._cached_image()

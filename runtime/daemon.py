@@ -101,7 +101,7 @@ async def run(config_path: str, node: str) -> None:
     named = _named_containers(loaded.config, node_mounts_fd, spawner)
     jobs = Jobs(node, loaded.config, journal, spawner, gate, found, named)
     images = MountedImages(images_directory, loaded.config.images.idle_seconds)
-    devices = NodeDevices(node, loaded.config.devices)
+    devices = NodeDevices(node, loaded.config)
     imports = _open_cache(loaded.config, spawner)
     around = Surroundings(node, loaded.config, stage, journal, spawner, images, imports, jobs, devices, named)
     agent = Agent(around, loaded.path)

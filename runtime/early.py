@@ -68,6 +68,13 @@ DEVICE = (
         each=True,
     ),
 )
+RDMA = (
+    GIVEN,
+    Check(
+        "[1-9][0-9]?|[A-Za-z][A-Za-z0-9._-]*(,[A-Za-z][A-Za-z0-9._-]*)*",
+        "invalid format: expected auto, none, names of RDMA devices or how many (1 to 99)",
+    ),
+)
 UNSHARE = (
     GIVEN,
     Check(one_of(*NAMESPACES, "pid"), "unknown namespace (net, ipc or uts)", each=True),

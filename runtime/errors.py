@@ -635,6 +635,59 @@ def gpus_not_listed(detail: str) -> EnclosError:
     )
 
 
+def _rdma(text: str) -> str:
+    return f"--container-rdma={text}"
+
+
+def rdma_missing(text: str) -> EnclosError:
+    """The kernel has no RDMA."""
+    return UserError(
+        _rdma(text),
+        "this node has no RDMA",
+        hint="ask Slurm for a node that has it; administrator: 'rdma dev' on the node lists devices",
+    )
+
+
+def rdma_needs_host(text: str, network: str, mode: str) -> EnclosError:
+    """A private network and RDMA: it could not be private."""
+    causes = {"shared": "the kernel shares RDMA devices among all network namespaces"}
+    return UserError(
+        _rdma(text),
+        f"not possible on --container-network={network}",
+        causes.get(mode, "devices are not moved into private networks yet"),
+        "use --container-network=host, or drop the option",
+    )
+
+
+def rdma_unknown(text: str, name: str, known: Sequence[str]) -> EnclosError:
+    """No device of that name, or one without a uverbs node."""
+    return UserError(
+        _rdma(text),
+        f"no RDMA device {name} on this node",
+        f"there are {', '.join(known[:8])}" if known else "there is none that containers may have",
+        "'auto' takes what the node has; names may differ between nodes",
+    )
+
+
+def rdma_forbidden(text: str, name: str) -> EnclosError:
+    """rdma.devices does not have it."""
+    return UserError(
+        _rdma(text),
+        f"RDMA device {name} is not for containers",
+        "not in rdma.devices",
+        "'auto' takes those that are; administrator: rdma.devices in enclos.yaml",
+    )
+
+
+def rdma_too_few(text: str, found: int) -> EnclosError:
+    """Fewer active devices than asked for."""
+    return UserError(
+        _rdma(text),
+        f"too few RDMA devices are active and for containers ({found})",
+        hint="ask for fewer, or 'auto'; administrator: rdma.devices in enclos.yaml, 'rdma link' on the node",
+    )
+
+
 # ---------------------------------------------------------------- named containers
 
 

@@ -1,8 +1,8 @@
 """The dynamic linker's cache (/etc/ld.so.cache) and the names of libraries: read, and joined by more libraries.
 
 Instead of a run of ldconfig: a program that reads what a user put into his image would do so as a child of the agent,
-outside the step's cgroup, and a whole image takes it 50 ms. Nothing is executed here, and what is malformed is an error
-of Python. Pure.
+outside the step's cgroup, and takes ten times as long. Nothing is executed here, and what is malformed is an error of
+Python. Pure.
 Source: glibc, sysdeps/generic/dl-cache.h and elf/dl-cache.c (the format that all releases since 2.2 read); elf(5).
 """
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 
 from enclos.runtime import early, errors, limits, mounts
 from enclos.runtime.devices import cdi
-from enclos.runtime.early import NAMESPACES
+from enclos.runtime.early import NAMESPACES, RDMA
 from enclos.runtime.images.reference import is_path
 from enclos.runtime.mounts import Mount
 from enclos.runtime.settings import INTERFACE_VARIABLES, VISIBLE_VARIABLES
@@ -78,6 +78,7 @@ class StepRequest:
     gpu_numbers: tuple[int, ...] = ()
     visible: Mapping[str, str] = field(default_factory=dict)
     slurm_conf: str = ""
+    rdma: str = ""
     auth_file: str = ""
     runtime_directory: str = ""
     pinned: str = ""
@@ -145,6 +146,7 @@ def parse(fields: Fields) -> StepRequest:
         gpu_numbers=_gpu_numbers(fields),
         visible=_variables(fields, VISIBLE_VARIABLES),
         slurm_conf=_path(fields, "conf"),
+        rdma=_rdma(fields),
         auth_file=_lenient_path(fields, "authfile"),
         runtime_directory=_lenient_path(fields, "runtime"),
         pinned=_last(fields, "pinned"),
@@ -339,6 +341,15 @@ def _devices(fields: Fields) -> tuple[tuple[str, str], ...]:
     if len(found) > NAME_LIMIT:
         raise errors.bad_option("device", "…", f"more than {NAME_LIMIT} devices")
     return tuple(found)
+
+
+def _rdma(fields: Fields) -> str:
+    """--container-rdma as typed."""
+    text = _option(fields, "rdma")
+    for check in RDMA:
+        if text and check.refuses(text):
+            raise errors.bad_option("rdma", text[:64], check.words)
+    return text
 
 
 def _variables(fields: Fields, names: Sequence[str]) -> dict[str, str]:

@@ -332,6 +332,24 @@ class Devices:
 
 
 @dataclass(frozen=True, slots=True)
+class Rdma:
+    """RDMA devices (InfiniBand, RoCE, iWARP) of containers on the node's network."""
+
+    devices: tuple[str, ...] = setting(
+        (),
+        Several(Text(r"[A-Za-z0-9._*?-]{1,63}", "the name of an RDMA device, with * and ?")),
+        "RDMA devices that containers may have, as patterns of their names in 'rdma dev': \"mlx5_*\". A "
+        "container opens the nodes (uverbs) of its own devices only; never umad or issm.",
+    )
+    default: str = setting(
+        "none",
+        Choice("none", "auto"),
+        "What a step on the node's network gets when it says nothing with --container-rdma: 'auto' is every "
+        "device of rdma.devices that has an active port.",
+    )
+
+
+@dataclass(frozen=True, slots=True)
 class Limits:
     """Limits of containers (cgroup v2). They only ever tighten what Slurm granted."""
 
@@ -385,6 +403,7 @@ class Config:
     network: Network = section(Network)
     devices: Devices = section(Devices)
     limits: Limits = section(Limits)
+    rdma: Rdma = section(Rdma)
     log: Log = section(Log)
 
 
@@ -563,6 +582,14 @@ OPTIONS: tuple[Option, ...] = (
         "the image, can take some of them away.",
         pyxis=False,
         checks=early.DEVICE,
+    ),
+    option(
+        "rdma",
+        "auto|none|NAME[,NAME]|N",
+        "RDMA devices whose nodes the container has, of those that the site lists, on the node's network",
+        "auto is every one with an active port, N the first N of these.",
+        pyxis=False,
+        checks=early.RDMA,
     ),
     option(
         "unshare",

@@ -57,6 +57,12 @@ static const struct enclos_check enclos_checks_device[] = {
 	{ NULL, NULL, 0 },
 };
 
+static const struct enclos_check enclos_checks_rdma[] = {
+	{ "^(.+)$", "argument required", 0 },
+	{ "^([1-9][0-9]?|[A-Za-z][A-Za-z0-9._-]*(,[A-Za-z][A-Za-z0-9._-]*)*)$", "invalid format: expected auto, none, names of RDMA devices or how many (1 to 99)", 0 },
+	{ NULL, NULL, 0 },
+};
+
 static const struct enclos_check enclos_checks_unshare[] = {
 	{ "^(.+)$", "argument required", 0 },
 	{ "^((net|ipc|uts|pid))$", "unknown namespace (net, ipc or uts)", 1 },
@@ -88,7 +94,7 @@ struct enclos_option_row {
 	const struct enclos_check *checks; /* ends with a pattern of NULL */
 };
 
-#define ENCLOS_OPTION_COUNT 21
+#define ENCLOS_OPTION_COUNT 22
 
 static const struct enclos_option_row enclos_option_rows[] = {
 	{
@@ -198,6 +204,12 @@ static const struct enclos_option_row enclos_option_rows[] = {
 		"[enclos] devices of the node's CDI files besides the GPUs that Slurm granted, where the site allows it",
 		1, "ENCLOS_CONTAINER_DEVICE", NULL, "device", NULL,
 		enclos_checks_device,
+	},
+	{
+		"container-rdma", "auto|none|NAME[,NAME]|N",
+		"[enclos] RDMA devices whose nodes the container has, of those that the site lists, on the node's network",
+		1, "ENCLOS_CONTAINER_RDMA", NULL, "rdma", NULL,
+		enclos_checks_rdma,
 	},
 	{
 		"container-unshare", "net|ipc|uts[,...]",

@@ -9,8 +9,11 @@ import asyncio
 import re
 from collections import Counter
 from collections.abc import Iterator
+from fnmatch import fnmatchcase
 from pathlib import Path
 
+from enclos.netns import rdma
+from enclos.netns.facts import KernelRefused
 from enclos.runtime.cli.finding import Finding, mend, note, ok
 from enclos.runtime.devices import choice, gres, registry
 from enclos.runtime.devices.catalogue import Catalogue
@@ -26,6 +29,7 @@ def findings(settings: Config, node: str) -> Iterator[Finding]:
     catalogue = registry.read(settings.devices.cdi)
     yield from file_findings(catalogue)
     yield from gpu_findings(settings, node, catalogue)
+    yield from rdma_findings(settings)
 
 
 def listed_findings(settings: Config) -> Iterator[Finding]:
@@ -64,6 +68,32 @@ def file_findings(catalogue: Catalogue) -> Iterator[Finding]:
         told = {text for device in own for text in (*device.edits.left_out, *device.shared.left_out)}
         for text in sorted(told):
             yield note("CDI file", f"{file}: {text}", "what else these devices need has to be there without it")
+
+
+def rdma_findings(settings: Config) -> Iterator[Finding]:
+    """What the node has of rdma.devices; none where neither site nor node knows of RDMA."""
+    patterns = settings.rdma.devices
+    try:
+        found = rdma.find()
+    except KernelRefused as error:
+        yield mend("RDMA", str(error), "look at 'rdma dev'")
+        return
+    if not found.mode:
+        if patterns:
+            yield mend("RDMA", "rdma.devices is set, but the kernel has no RDMA", "load the driver: modprobe ib_core")
+        return
+    listed = [d for d in found.devices if any(fnmatchcase(d.name, pattern) for pattern in patterns)]
+    for device in listed:
+        if not device.node:
+            yield mend("RDMA", f"{device.name} has no uverbs node", "modprobe ib_uverbs")
+    names = ", ".join(f"{d.name} ({'active' if d.active else 'not active'})" for d in listed) or "none"
+    yield ok("RDMA", f"mode {found.mode}; for containers: {names}")
+    if found.mode == "shared" and listed:
+        yield note(
+            "RDMA",
+            "the kernel shares devices among network namespaces: only device nodes keep jobs apart",
+            "mode exclusive is set at boot (ib_core netns_mode=0), while there is no other network namespace",
+        )
 
 
 def gpu_findings(settings: Config, node: str, catalogue: Catalogue) -> Iterator[Finding]:

@@ -39,11 +39,15 @@ class BrokenFile(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Node:
-    """A device node: its path in the container, the host's node that it copies, and the CDI file that says so."""
+    """A device node: its path in the container, the host's node that it copies, and the CDI file that says so.
+
+    An optional one is left out where the host has none.
+    """
 
     path: str
     host_path: str
     file: str
+    optional: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -154,6 +154,8 @@ class StageDevices:
         try:
             node = os.stat(wanted.host_path)
         except (FileNotFoundError, NotADirectoryError) as error:
+            if wanted.optional:
+                return
             raise errors.cdi_node_missing(wanted.file, wanted.host_path) from error
         if not _is_device(node):
             raise errors.cdi_node_missing(wanted.file, wanted.host_path)

@@ -370,10 +370,11 @@ def test_each_option_has_its_variables(cluster: Cluster, prefix: str) -> None:
     # readonly is the other form of writable; a profile is read by srun (test_option_profile.py).
     apart = ("readonly", "profile")
     rows = [row for row in OPTIONS if (row.env if prefix == "ENCLOS" else row.pyxis_env) and row.key not in apart]
-    values = {row.key: values.get(row.key, "/v") if row.arginfo else "1" for row in rows} | {"limit": "pids=7"}
+    values = {row.key: values.get(row.key, "/v") if row.arginfo else "1" for row in rows}
+    values |= {"limit": "pids=7", "rdma": "auto"}
     variables = {f"{prefix}_CONTAINER_{row.key.upper().replace('-', '_')}": values[row.key] for row in rows}
     own = {"mounts": "/o:/o", "env": "O", "unshare": "uts", "network": "host", "device": "acme.com/o=o", "name": "o"}
-    own = {row.key: own.get(row.key, "/o") for row in rows} | {"limit": "pids=6"}
+    own = {row.key: own.get(row.key, "/o") for row in rows} | {"limit": "pids=6", "rdma": "2"}
     words = [f"--{row.name}={own[row.key]}" for row in rows if row.arginfo]
     words += [f"--no-{row.name}" for row in rows if any(other.name == f"no-{row.name}" for other in OPTIONS)]
     with listening(cluster) as listener:
