@@ -63,19 +63,30 @@ class SlurmClient:
         return tuple(Mount(source, target, "bind", True, (), f"{source}:{target}") for source, target in pairs)
 
 
-def find(path: str | None = None) -> SlurmClient:
-    """Look for Slurm on this node.
+_known: dict[tuple[tuple[str, int], ...], SlurmClient] = {}
 
-    Args:
-        path: where the commands are looked for; PATH by default.
+
+def find() -> SlurmClient:
+    """Slurm on this node; ldd takes a tenth of a second, so it is looked for once, and again when a file has changed.
 
     Raises:
         EnclosError: slurm_commands_missing.
     """
-    srun = shutil.which("srun", path=path)
+    srun = shutil.which("srun")
     if srun is None:
         raise errors.slurm_commands_missing("srun is not in the agent's PATH")
     configuration = _configuration()
+    # A directory changes with the files that come and go in it: an upgrade of Slurm, a new plugstack.conf.
+    watched = (srun, os.path.dirname(srun), configuration, os.path.dirname(configuration))
+    state = tuple((path, os.stat(path).st_mtime_ns) for path in watched)
+    if state not in _known:
+        found = _look(srun, configuration)
+        _known.clear()
+        _known[state] = found
+    return _known[state]
+
+
+def _look(srun: str, configuration: str) -> SlurmClient:
     settings = _settings(Path(configuration))
     found = [f"{os.path.dirname(srun)}/{name}" for name in COMMANDS]
     commands = tuple((name, os.path.realpath(name)) for name in found if os.path.isfile(name))

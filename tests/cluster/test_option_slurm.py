@@ -63,7 +63,7 @@ def test_script_calls_srun(idle: Cluster) -> None:
         cat /opt/file
         srun -l sh -c 'cat /opt/file; hostname'
         srun -N1 -n1 -w n2 --container-image={ALONE} /alone
-        srun --container-network=job sh -c 'ls /sys/class/net | tr "\\n" " "; id -u'
+        srun --container-network=job sh -c 'echo $(ls /sys/class/net) $(id -u)'
         squeue -h -o '%T %u' --me; scontrol show job $SLURM_JOB_ID | grep -c JobState=RUNNING"""
     done = batch(idle, script, f"--container-image={BOX}", "--container-slurm", nodes=2)
     lines = done.stdout.splitlines()
