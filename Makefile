@@ -18,7 +18,7 @@ MYPY_ROOT := build/mypy
 RELEASES ?= 24.11 26.05
 
 .DELETE_ON_ERROR:
-.PHONY: all help deps demo test test-unit test-kernel test-cluster test-releases test-vm test-vm-all lint bench install clean
+.PHONY: all help deps demo test test-here test-unit test-kernel test-cluster test-releases test-vm test-vm-all lint bench install clean
 
 all: deps build/.venv-stamp build/.linux-stamp $(SHIM) ## build everything: packages, virtual environment, plugin
 
@@ -49,8 +49,10 @@ demo: all ## the main job on a fresh two-node cluster, as root
 	@$(BIN)/enclos-cluster demo
 
 test: all lint ## lint, then unit, kernel and cluster tests, as root
-	@$(BIN)/pytest tests/unit tests/kernel tests/cluster
-	@$(MAKE) --no-print-directory test-releases
+	@$(MAKE) --no-print-directory --keep-going test-here test-releases
+
+test-here:
+	@tests/part here tests/unit tests/kernel tests/cluster
 
 test-unit: all ## unit tests only: seconds, no root
 	@$(BIN)/pytest tests/unit
@@ -63,10 +65,10 @@ test-cluster: all ## tests on a real Slurm, as root
 
 # The first time, debootstrap makes a root of each release's Debian, in /var/cache/enclos-cluster: a minute each.
 test-releases: all ## what depends on Slurm's release, on the other two, as root
-	@set -e; for release in $(RELEASES); do \
+	@status=0; for release in $(RELEASES); do \
 	    echo "== Slurm $$release"; \
-	    $(BIN)/pytest tests/cluster -m releases --slurm $$release; \
-	done
+	    tests/part "slurm-$$release" tests/cluster -m releases --slurm "$$release" || status=1; \
+	done; exit $$status
 
 test-vm: all ## the tests marked vm on Linux 6.1 and the newest, in qemu, as root
 	@$(BIN)/pytest tests/vm
