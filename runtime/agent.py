@@ -46,7 +46,7 @@ SPARE_SECONDS = 1.0
 REMOVAL_SECONDS = 8.0
 
 # Parts of the reply to JOIN, in the order in which the shim needs them.
-DESCRIPTOR_ORDER = ("net", "user", "mnt", "ipc", "uts", "seccomp", "entrypoint")
+DESCRIPTOR_ORDER = ("net", "user", "mnt", "ipc", "uts", "seccomp", "entrypoint", "save")
 
 
 class Agent:
@@ -99,7 +99,7 @@ class Agent:
                     return _joined(await self._join(message, connection))
                 case "exit":
                     return [("status", "ok"), *self._task_exited(message, connection)], []
-                case "ps" | "status" | "gc":
+                case "ps" | "status" | "gc" | "rm":
                     return await self._answer_user(message, 0), []
                 case verb:
                     raise errors.bad_request(f"verb={verb[:32]}")
@@ -156,14 +156,17 @@ class Agent:
         stepd_pid = _stepd_pid(message, connection, is_task=True)
         step = self._steps.get((message.number("job"), message.number("step")))
         if step is not None and step.joined and step.record["stepd"] == stepd_pid:
-            return step, await step.answer()  # Of up to hundreds of tasks, only the first one's request is read.
+            # Of up to hundreds of tasks, only the first one's request is read.
+            return step, _for_one_task(step, await step.answer())
         wanted = _wanted(message, stepd_pid)
         if step is None or step.record["stepd"] != stepd_pid:
             # A requeued job has the same ids again.
             step = self._step(wanted)
         if message.get("task") == "0":
             step.show_progress(lambda text: _send_progress(connection, text))
-        return step, await step.join(wanted)
+        if message.fds:
+            step.take_mounts(message.fds[0], wanted)
+        return step, _for_one_task(step, await step.join(wanted))
 
     def _step(self, wanted: request.StepRequest) -> Step:
         """Register a step, its life tied to its slurmstepd.
@@ -332,6 +335,16 @@ def _stepd_pid(message: protocol.Message, connection: Connection, *, is_task: bo
 def _wanted(message: protocol.Message, stepd_pid: int) -> request.StepRequest:
     """The request of a step, with slurmstepd's pid as it is here."""
     return request.parse({**message.values, "stepd": [str(stepd_pid)]})
+
+
+def _for_one_task(step: Step, reply: JoinReply) -> JoinReply:
+    """With a socket of the task's own, where it has to tell of its end."""
+    fd = step.save_channel()
+    if fd < 0:
+        return reply
+    # The reply is sent before the event loop does anything else.
+    asyncio.get_running_loop().call_soon(os.close, fd)
+    return JoinReply(reply.fields, {**reply.fds, "save": fd})
 
 
 def _joined(reply: JoinReply) -> tuple[list[tuple[str, str]], list[int]]:

@@ -31,6 +31,7 @@ from enclos.runtime.members import identity
 from enclos.runtime.named import Turn
 from enclos.runtime.protocol import ProtocolError
 from enclos.runtime.request import StepRequest
+from enclos.runtime.saving import Saving
 from enclos.runtime.spawner import Child, ChildDied
 from enclos.runtime.steplimits import StepLimits
 from enclos.runtime.steps import JoinReply, Step, Surroundings, start_time
@@ -89,6 +90,7 @@ class NodeStep(Step):
         self.ready: asyncio.Task[JoinReply] | None = None
         self._early: asyncio.Task[None] | None = None
         self._has_turn = asyncio.Event()
+        self._saving: Saving | None = None
 
     def prepare(self) -> None:
         """Begin to build; errors wait for the first join."""
@@ -115,6 +117,19 @@ class NodeStep(Step):
             self.ready = asyncio.create_task(self._serve_first(wanted))
             self.ready.add_done_callback(_retrieve)
         return await self.answer()
+
+    def take_mounts(self, fd: int, wanted: StepRequest) -> None:
+        """The mount namespace of the first task, in which a path that it names is meant; it is copied."""
+        if wanted.save and self._saving is None:
+            ids = [("uid", str(wanted.uid)), ("gid", str(wanted.gid))]
+            fields = [*ids, *(("group", str(group)) for group in wanted.groups)]
+            self._saving = Saving(self._around.spawner, fields, wanted.save, wanted.tasks, fd)
+
+    def save_channel(self) -> int:
+        """For one task: where it says that it has ended. The caller closes it; -1 where nothing is saved."""
+        if self._saving is None:
+            return -1
+        return self._saving.channel(self.namespaces(), self._around.node)
 
     def show_progress(self, show: Callable[[str], None]) -> None:
         self.progress = show
@@ -386,6 +401,8 @@ class NodeStep(Step):
                     assert self._early is not None
                     await self._early
                     await self._build_late()
+                    if self._saving is not None:
+                        await self._saving.check()
                 self._become_joinable()
                 self._log_ready(attempt)
                 return self._make_reply()
@@ -558,6 +575,8 @@ class NodeStep(Step):
         return self._net_fd
 
     async def release(self) -> None:
+        if self._saving is not None:
+            await self._saving.close()
         for task in (self._early, self.ready, self._importing):
             if task is not None and not task.done():
                 task.cancel()

@@ -58,6 +58,7 @@ NAME = (
     Check("[^/:]+(:.*)?", "a name has no slash"),
     Check(f"[^:]*(:{one_of(*NAME_FLAGS)}?)?", 'flag must be "auto", "create", "exec" or "no_exec"'),
 )
+SAVE = (GIVEN, Check(".*[^/]", "target is a directory"))
 NETWORK = (GIVEN, Check(one_of("job", "host", "none"), "no such network (job, host or none)"))
 ENV = (GIVEN, Check("[A-Za-z_][A-Za-z0-9_.-]*", "invalid format: not a list of names of variables", each=True))
 DEVICE = (

@@ -688,6 +688,19 @@ def rdma_too_few(text: str, found: int) -> EnclosError:
     )
 
 
+# ---------------------------------------------------------------- saving
+
+
+def save_failed(path: str, cause: str) -> EnclosError:
+    """The container cannot be written to this file, or could not."""
+    return UserError(
+        f"--container-save={path}",
+        "the container cannot be saved there",
+        cause,
+        "the directory has to exist on the compute node, be yours to write and have room; a file there is replaced",
+    )
+
+
 # ---------------------------------------------------------------- named containers
 
 

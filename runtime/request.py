@@ -61,6 +61,7 @@ class StepRequest:
     image: str
     name: str
     name_flag: str
+    save: str
     network: str
     mounts: tuple[Mount, ...]
     workdir: str
@@ -129,6 +130,7 @@ def parse(fields: Fields) -> StepRequest:
         image=_checked(image, "image"),
         name=name,
         name_flag=name_flag,
+        save=_save_path(fields, cwd),
         network=_network(fields),
         mounts=_mounts(fields, cwd),
         workdir=_workdir(fields),
@@ -251,6 +253,14 @@ def _container_name(fields: Fields) -> tuple[str, str]:
     if (flag or "auto") not in early.NAME_FLAGS:
         raise errors.bad_option("name", text[: 2 * CONTAINER_NAME_BYTES], early.NAME[-1].words)
     return name, flag or "auto"
+
+
+def _save_path(fields: Fields, cwd: str) -> str:
+    """Where to save the container, as an absolute path; "" if nowhere."""
+    path = _checked(_option(fields, "save"), "save")
+    if path.endswith("/"):
+        raise errors.bad_option("save", path, early.SAVE[-1].words)
+    return path if not path or path.startswith("/") else f"{cwd.rstrip('/')}/{path}"
 
 
 def _flag(fields: Fields, name: str) -> bool | None:

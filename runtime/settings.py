@@ -536,6 +536,16 @@ OPTIONS: tuple[Option, ...] = (
         checks=early.NAME,
     ),
     option(
+        "save",
+        "PATH",
+        "at the step's end, save the container with all that was written into it as a squashfs file",
+        "It can be used as --container-image. What is mounted is not saved, nor what is in /proc, /sys, /dev, "
+        "/tmp and /run. PATH is on the compute node, opened with your rights, and appears when the file is "
+        "whole; ./PATH starts at the step's working directory. If it cannot be saved the step fails. A step "
+        "that is killed is not saved. With several nodes each saves its own to that path, and the last one stays.",
+        checks=early.SAVE,
+    ),
+    option(
         "writable",
         "",
         "let the step write to the container's root file system; what it writes is gone at its end",

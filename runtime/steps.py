@@ -113,6 +113,13 @@ class Step:
         """The answer that the first task gets or got."""
         raise errors.agent_restarted()
 
+    def take_mounts(self, fd: int, wanted: StepRequest) -> None:
+        """The mount namespace that a task came from; it stays the caller's."""
+
+    def save_channel(self) -> int:
+        """A descriptor for one task that has joined, the caller's; -1 where it needs none."""
+        return -1
+
     @property
     def running(self) -> bool:
         """Whether another step of its user can enter its container."""

@@ -272,6 +272,8 @@ int slurm_spank_task_init(spank_t spank, int count, char *words[])
 		report_exit(status);
 	if (!join_find_command(spank))
 		report_exit(127);
+	if (step.join.save_fd >= 0)
+		save_begin(spank, step.join.save_fd);
 	return 0;
 }
 

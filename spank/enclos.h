@@ -72,12 +72,14 @@ void report_keep(const char *format, ...) __attribute__((format(printf, 1, 2)));
 void report_keep_hint(const char *text, const char *hint);
 bool report_kept(void);
 const char *report_node(void);
+void report_show(void);
 void report_exit(int status) __attribute__((noreturn));
 
 /* join.c: from a JOIN to a task inside the container */
 struct join {
 	struct wire_in *reply; /* NULL until the agent has answered ok */
 	int user_fd, mnt_fd, ipc_fd, uts_fd;
+	int save_fd;	   /* where the end of the task is told, to have the container saved; -1: it is not */
 	int entrypoint_fd; /* what the tasks share of the entrypoint's run; -1: none is run */
 	void *filter; /* seccomp program: array of struct sock_filter */
 	size_t filter_bytes;
@@ -89,6 +91,9 @@ void join_environment(struct join *join, spank_t spank);
 bool join_container(struct join *join);
 bool join_confine(struct join *join);
 bool join_find_command(spank_t spank);
+
+/* save.c: --container-save */
+void save_begin(spank_t spank, int fd);
 
 /* entrypoint.c: the image's entrypoint, run by the first task of the node */
 int entrypoint_run(struct join *join, spank_t spank);

@@ -136,6 +136,7 @@ static bool take_answer(struct join *join, struct wire_in *reply)
 	join->ipc_fd = wire_take_fd(reply, "ipc");
 	join->uts_fd = wire_take_fd(reply, "uts");
 	join->entrypoint_fd = wire_take_fd(reply, "entrypoint");
+	join->save_fd = wire_take_fd(reply, "save");
 	if (join->user_fd < 0 || join->mnt_fd < 0) {
 		report_keep("%s: the agent's answer has no namespaces on %s", options_subject(),
 			    report_node());
@@ -176,7 +177,7 @@ bool join_wait(struct join *join, int fd, const struct wire_out *request, bool s
 	struct signals saved;
 	int error;
 
-	*join = (struct join){ .user_fd = -1, .mnt_fd = -1, .ipc_fd = -1, .uts_fd = -1, .entrypoint_fd = -1 };
+	*join = (struct join){ .user_fd = -1, .mnt_fd = -1, .ipc_fd = -1, .uts_fd = -1, .save_fd = -1, .entrypoint_fd = -1 };
 	error = reply == NULL ? -ENOMEM : wire_send(fd, request, mount_fd);
 	if (mount_fd >= 0)
 		close(mount_fd);

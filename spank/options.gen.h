@@ -45,6 +45,12 @@ static const struct enclos_check enclos_checks_name[] = {
 	{ NULL, NULL, 0 },
 };
 
+static const struct enclos_check enclos_checks_save[] = {
+	{ "^(.+)$", "argument required", 0 },
+	{ "^(.*[^/])$", "target is a directory", 0 },
+	{ NULL, NULL, 0 },
+};
+
 static const struct enclos_check enclos_checks_env[] = {
 	{ "^(.+)$", "argument required", 0 },
 	{ "^([A-Za-z_][A-Za-z0-9_.-]*)$", "invalid format: not a list of names of variables", 1 },
@@ -94,7 +100,7 @@ struct enclos_option_row {
 	const struct enclos_check *checks; /* ends with a pattern of NULL */
 };
 
-#define ENCLOS_OPTION_COUNT 22
+#define ENCLOS_OPTION_COUNT 23
 
 static const struct enclos_option_row enclos_option_rows[] = {
 	{
@@ -126,6 +132,12 @@ static const struct enclos_option_row enclos_option_rows[] = {
 		"[enclos] keep the container under this name for later steps of the job on the node; with one of that name, use it",
 		1, "ENCLOS_CONTAINER_NAME", "PYXIS_CONTAINER_NAME", "name", NULL,
 		enclos_checks_name,
+	},
+	{
+		"container-save", "PATH",
+		"[enclos] at the step's end, save the container with all that was written into it as a squashfs file",
+		1, "ENCLOS_CONTAINER_SAVE", "PYXIS_CONTAINER_SAVE", "save", NULL,
+		enclos_checks_save,
 	},
 	{
 		"container-writable", NULL,

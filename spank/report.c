@@ -75,11 +75,18 @@ const char *report_node(void)
  */
 void report_exit(int status)
 {
+	report_show();
+	_exit(status);
+}
+
+void report_show(void)
+{
+	if (!report.kept)
+		return;
 	if (report.shown == NULL || !atomic_flag_test_and_set(report.shown)) {
 		if (report.hint[0] != '\0')
 			slurm_error("enclos: %s\nhint: %s", report.text, report.hint);
 		else
 			slurm_error("enclos: %s", report.text);
 	}
-	_exit(status);
 }

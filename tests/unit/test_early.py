@@ -43,6 +43,8 @@ BAD = [
     ("unshare", "net,pid", "no process can join a pid namespace"),
     ("network", "blue", "no such network"),
     ("name", "", "argument required"),
+    ("save", "", "argument required"),
+    ("save", "/a/", "target is a directory"),
     ("name", ":exec", "empty name"),
     ("name", "a/b", "a name has no slash"),
     ("name", "a:often", 'flag must be "auto", "create", "exec" or "no_exec"'),

@@ -85,6 +85,7 @@ SAMPLES: dict[str, tuple[object, ...]] = {
     "cdi_mount_failed": ("/etc/cdi/nvidia.yaml", "/usr/lib/libcuda.so.550.54", errno.ENOENT),
     "gpu_unknown": (4, 4),
     "gpus_not_listed": ("slurmd not found",),
+    "save_failed": ("/scratch/mine.sqsh", "no space left on device"),
     "named_missing": ("work",),
     "named_exists": ("work",),
     "named_not_running": ("work",),

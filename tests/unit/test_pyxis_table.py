@@ -34,7 +34,7 @@ def test_each_behaviour_has_one_row() -> None:
 ELSEWHERE = {
     "network": "test_network.py",
     "name": "test_named.py",
-    "save": "test_named.py",
+    "save": "test_save.py",
     "readonly": "test_option_writable.py",
     "entrypoint-log": "test_option_entrypoint.py",
 }

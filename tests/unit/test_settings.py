@@ -85,7 +85,7 @@ def test_keys_environment_names_and_options_are_unique() -> None:
 def test_options_are_all_there() -> None:
     names = {o.name.replace("container-", "") for o in OPTIONS}
     assert names == {
-        "image", "mounts", "profile", "workdir", "name", "writable", "readonly", "remap-root", "no-remap-root",
+        "image", "mounts", "profile", "workdir", "name", "save", "writable", "readonly", "remap-root", "no-remap-root",
         "mount-home", "no-mount-home", "entrypoint", "no-entrypoint", "entrypoint-log", "slurm", "no-slurm", "env",
         "device", "rdma", "unshare", "limit", "network",
     }  # fmt: skip
