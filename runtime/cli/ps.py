@@ -52,8 +52,13 @@ def line(container: Mapping[str, Any], now: float) -> tuple[str, ...]:
         cell("tasks"),
         duration(now - float(started)) if started else "-",
         device_list(container.get("devices") or []),
-        cell("image"),
+        cell("image") + short_digest(str(container.get("digest") or "")),
     )
+
+
+def short_digest(digest: str) -> str:
+    """As much of an imported image's digest as tells images apart; --json has all of it."""
+    return f"@{digest[:19]}" if digest else ""
 
 
 def step_name(job: int, step: int) -> str:

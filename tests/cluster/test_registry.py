@@ -268,6 +268,8 @@ def test_the_least_used_goes_and_what_is_in_use_stays(site: Cluster) -> None:
     while not lines(site, rf"step=\S+ uid=\d+ image={re.escape(used)}@"):
         assert time.monotonic() < deadline
         time.sleep(0.05)
+    shown = site.run(["enclos", "ps"], user="usera", node="n1").stdout
+    assert re.search(rf"{re.escape(used)}@sha256:[0-9a-f]{{12}}\n", shown), shown
     for number in range(5):
         reference, _ = push(site, f"filler{number}")
         assert run(site, reference, "true", "usera", "--overlap").returncode == 0

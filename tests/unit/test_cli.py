@@ -76,6 +76,11 @@ def test_ps_prints_a_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caps
     assert len(lines) == 3
 
 
+def test_ps_shows_which_image_a_tag_was() -> None:
+    container = {"job": 1, "step": 0, "image": "docker://r.site/a:t", "digest": f"sha256:{'ab' * 32}"}
+    assert ps.line(container, 0)[-1] == "docker://r.site/a:t@sha256:abababababab"
+
+
 def test_ps_as_json(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "s"
     monkeypatch.setattr(client.ask, "__defaults__", (str(path),))
