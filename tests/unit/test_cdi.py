@@ -159,18 +159,14 @@ def test_a_document_that_is_no_object(document: object) -> None:
         cdi.parse(document, FILE)
 
 
-@given(
-    st.recursive(
-        st.none() | st.booleans() | st.integers() | st.text(),
-        lambda x: (
-            st.lists(x)
-            | st.dictionaries(
-                st.sampled_from(["cdiVersion", "kind", "devices", "name", "containerEdits", "hooks", "mounts", "env"]),
-                x,
-            )
-        ),
-    )
+KEYS = st.sampled_from(["cdiVersion", "kind", "devices", "name", "containerEdits", "hooks", "mounts", "env"])
+SCALARS = st.none() | st.booleans() | st.integers() | st.text(max_size=8)
+DOCUMENTS = st.recursive(
+    SCALARS, lambda x: st.lists(x, max_size=3) | st.dictionaries(KEYS, x, max_size=4), max_leaves=12
 )
+
+
+@given(DOCUMENTS)
 def test_whatever_is_in_a_file_only_one_error_comes_out(document: object) -> None:
     for value in (document, {**NVIDIA, "containerEdits": document}, {**NVIDIA, "devices": document}):
         try:
