@@ -131,6 +131,7 @@ class Spawner:
         self._available.clear()
         if self._process is not None:
             self._process.wait()
+        self._drop_spare()
         log.warning("zygote ended, starting another")
         while True:
             try:
