@@ -88,6 +88,7 @@ def start(name: str, job: Job, rights: Rights, work: str = "", fds: Sequence[int
         fds: descriptors that it keeps, under the same numbers.
     """
     mine, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    inherited, closed = os.pipe()
     sys.stderr.flush()
     pid = os.fork()
     if pid == 0:
@@ -100,6 +101,11 @@ def start(name: str, job: Job, rights: Rights, work: str = "", fds: Sequence[int
         finally:
             os._exit(status)
     theirs.close()
+    os.close(closed)
+    # Its end comes when the child has closed what it inherited: among that may be files of other sandboxes, which are
+    # not finished while somebody has them open for writing.
+    os.read(inherited, 1)
+    os.close(inherited)
     return Sandbox(pid, mine)
 
 

@@ -18,9 +18,11 @@ from pathlib import Path
 
 import pytest
 from enclos.runtime import protocol
+from enclos.runtime.images import sandbox
 from enclos.runtime.images.importer import finish_part
 from enclos.runtime.images.layout import Store
 from enclos.runtime.images.order import Limits, Order, Packing
+from enclos.runtime.images.sandbox import Rights
 from layers import Entry, layer, listing, umoci_unpack, write_layout
 from registries import PASSWORD, Registry, free_port, make_insecure, serve
 from test_image_merge import mounted
@@ -565,3 +567,16 @@ def cut_after(address: str, limit: int) -> Iterator[str]:
     threading.Thread(target=accept, daemon=True).start()
     yield f"127.0.0.1:{server.getsockname()[1]}"
     server.close()
+
+
+def test_a_sandbox_that_has_begun_holds_no_file_of_another(store: Store) -> None:
+    """Parts are finished while other sandboxes start, and a part that somebody can write to is not taken."""
+    rights = Rights(SLOT, False, 1 << 30, 1 << 20)
+    for number in range(20):
+        fd = store.part_file()
+        os.write(fd, b"hsqs")
+        running = sandbox.start("test", lambda channel: None, rights)
+        finish_part(store, fd, f"{number:064x}")
+        os.close(fd)
+        running.end()
+    assert len(left(store)["parts"]) == 20
