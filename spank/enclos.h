@@ -70,6 +70,7 @@ void gpus_renumber(spank_t spank, const struct wire_in *reply);
 void report_prepare(void);
 void report_keep(const char *format, ...) __attribute__((format(printf, 1, 2)));
 void report_keep_hint(const char *text, const char *hint);
+bool report_first_notice(void);
 bool report_kept(void);
 const char *report_node(void);
 void report_show(void);
@@ -97,6 +98,9 @@ void save_begin(spank_t spank, int fd);
 
 /* entrypoint.c: the image's entrypoint, run by the first task of the node */
 int entrypoint_run(struct join *join, spank_t spank);
+
+/* mpi.c: does the step's launcher suit the program's MPI library */
+void mpi_check(spank_t spank, const char *file);
 
 /* taskprolog.c: the site's TaskProlog, run outside the container */
 void taskprolog_arm(void);

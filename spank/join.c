@@ -428,5 +428,6 @@ bool join_find_command(spank_t spank)
 		report_keep("%s: command not found in the container on %s", arguments[0], report_node());
 		return false;
 	}
+	mpi_check(spank, file);
 	return true;
 }

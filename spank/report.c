@@ -20,17 +20,20 @@ static struct {
 	bool kept;
 	/* Shared by the tasks of this node until they exec, so that the first one that fails speaks for all. */
 	atomic_flag *shown;
+	atomic_flag *noticed; /* the same for a notice */
 } report;
 
 /* Must run before the tasks are forked; without memory every failing task prints its line. */
 void report_prepare(void)
 {
-	void *page = mmap(NULL, sizeof(atomic_flag), PROT_READ | PROT_WRITE, MAP_SHARED | MAP_ANONYMOUS, -1, 0);
+	void *page = mmap(NULL, 2 * sizeof(atomic_flag), PROT_READ | PROT_WRITE, MAP_SHARED | MAP_ANONYMOUS, -1, 0);
 
 	if (page == MAP_FAILED)
 		return;
 	report.shown = page;
+	report.noticed = report.shown + 1;
 	atomic_flag_clear(report.shown);
+	atomic_flag_clear(report.noticed);
 }
 
 /* The first error is the cause, later ones are consequences. */
@@ -52,6 +55,12 @@ void report_keep_hint(const char *text, const char *hint)
 		return;
 	report_keep("%s", text);
 	snprintf(report.hint, sizeof(report.hint), "%s", hint != NULL ? hint : "");
+}
+
+/* Whether this task is the first of this node with a notice; each is without shared memory. */
+bool report_first_notice(void)
+{
+	return report.noticed == NULL || !atomic_flag_test_and_set(report.noticed);
 }
 
 bool report_kept(void)

@@ -8,12 +8,13 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from enclos.runtime.cluster import mpi_matrix as mpi_matrix_page
 from enclos.runtime.cluster import registry as registries
 from enclos.runtime.cluster.cluster import Cluster, ClusterError, clusters
 from enclos.runtime.cluster.demo import show
 from enclos.runtime.cluster.image import ImageError, install
 from enclos.runtime.cluster.layout import DEFAULT_NAME, SUBMIT
-from enclos.runtime.cluster.releases import SUITES
+from enclos.runtime.cluster.releases import SUITES, ReleaseError
 
 NEXT = """\
 next:
@@ -51,6 +52,9 @@ def parser() -> argparse.ArgumentParser:
         "--mpi", choices=("openmpi", "mpich"), default="openmpi", help="which MPI (default: %(default)s)"
     )
     verbs.add_parser("registry", parents=[common], help="run a registry on the submit host, with the demo's image")
+    matrix = verbs.add_parser("mpi-matrix", help="run each MPI of each Debian on each Slurm, and write what works")
+    matrix.add_argument("page", type=Path, help="the file to write: docs/mpi-matrix.md")
+    matrix.add_argument("--name", default="mpi-matrix", help="name of its clusters (default: %(default)s)")
     tour = verbs.add_parser("demo", help="the tour that `make demo` gives, on a fresh cluster of two nodes")
     tour.add_argument("--name", default="demo", help="name of its cluster (default: %(default)s)")
     tour.add_argument("--keep", action="store_true", help="leave the cluster up (as DEMO_KEEP=1)")
@@ -62,7 +66,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser().parse_args(arguments)
     try:
         return int(VERBS[options.verb](options))
-    except (ClusterError, ImageError) as error:
+    except (ClusterError, ImageError, ReleaseError) as error:
         print(f"enclos-cluster: {error}", file=sys.stderr)
         return 1
 
@@ -154,7 +158,15 @@ def demo(options: argparse.Namespace) -> int:
     return show(options.name, keep)
 
 
+def mpi_matrix(options: argparse.Namespace) -> int:
+    """Make the page."""
+    mpi_matrix_page.write(options.page, options.name)
+    print(options.page)
+    return 0
+
+
 VERBS = {
+    "mpi-matrix": mpi_matrix,
     "image": image,
     "registry": registry,
     "demo": demo,

@@ -132,10 +132,31 @@ def find(slurm: str) -> Root | None:
     digest = hashlib.sha256("\n".join([MAKE_ROOT, *wanted]).encode()).hexdigest()[:12]
     root = Root(slurm, cache() / f"{SUITES[slurm]}-{digest}")
     root.path.parent.mkdir(parents=True, exist_ok=True)
-    with _locked(root.path.with_suffix(".lock")):
+    with locked(root.path.with_suffix(".lock")):
         if not root.path.is_dir():
             _make(root, wanted)
     return root
+
+
+def debootstrap(suite: str, path: Path, wanted: list[str]) -> None:
+    """Make a root of a Debian release with some packages; the log is beside it.
+
+    Raises:
+        ReleaseError: it cannot be made.
+    """
+    if shutil.which("debootstrap", path="/usr/sbin:/usr/bin") is None:
+        raise ReleaseError("debootstrap is not installed; `make deps` installs it")
+    shutil.rmtree(path, ignore_errors=True)
+    values = {"suite": suite, "root": str(path), "mirror": mirror(), "packages": " ".join(wanted)}
+    log = path.with_suffix(".log")
+    command = ["unshare", "--mount", "--fork", "--kill-child", "sh", "-c", MAKE_ROOT]
+    with log.open("w") as output:
+        done = subprocess.run(
+            command, env=_environment(values), stdin=subprocess.DEVNULL, stdout=output, stderr=output, check=False
+        )
+    if done.returncode != 0:
+        tail = "\n".join(log.read_text(errors="replace").splitlines()[-5:])
+        raise ReleaseError(f"cannot make a root of Debian's {suite} ({log}):\n{tail}")
 
 
 def packages(listed: Path) -> list[str]:
@@ -168,23 +189,11 @@ def _codename() -> str:
 
 
 def _make(root: Root, wanted: list[str]) -> None:
-    if shutil.which("debootstrap", path="/usr/sbin:/usr/bin") is None:
-        raise ReleaseError("debootstrap is not installed; `make deps` installs it")
     fresh = root.path.with_suffix(".new")
-    shutil.rmtree(fresh, ignore_errors=True)
-    values = {"suite": SUITES[root.slurm], "root": str(fresh), "mirror": mirror(), "packages": " ".join(wanted)}
-    log = root.path.with_suffix(".log")
-    command = ["unshare", "--mount", "--fork", "--kill-child", "sh", "-c", MAKE_ROOT]
-    with log.open("w") as output:
-        done = subprocess.run(
-            command, env=_environment(values), stdin=subprocess.DEVNULL, stdout=output, stderr=output, check=False
-        )
-    if done.returncode != 0:
-        tail = "\n".join(log.read_text(errors="replace").splitlines()[-5:])
-        raise ReleaseError(f"--slurm={root.slurm}: cannot make a root of Debian's {values['suite']} ({log}):\n{tail}")
+    debootstrap(SUITES[root.slurm], fresh, wanted)
     found = _release(_output(["chroot", str(fresh), "slurmd", "-V"]))
     if found != root.slurm:
-        raise ReleaseError(f"--slurm={root.slurm}: Debian's {values['suite']} has Slurm {found or 'none'} now")
+        raise ReleaseError(f"--slurm={root.slurm}: Debian's {SUITES[root.slurm]} has Slurm {found or 'none'} now")
     fresh.rename(root.path)
 
 
@@ -214,7 +223,7 @@ def _sources_digest(checkout: Path) -> str:
 
 
 @contextmanager
-def _locked(path: Path) -> Iterator[None]:
+def locked(path: Path) -> Iterator[None]:
     with path.open("w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield

@@ -37,9 +37,10 @@ def test_agent_runs_the_releases_own_python(cluster: Cluster) -> None:
 
 
 def test_plugin_is_built_for_the_release(cluster: Cluster) -> None:
-    shown = cluster.run("enclos check", node="n1").stdout
+    done = cluster.run("enclos check", node="n1")
+    shown = done.stdout
     assert f"{shim_path(cluster.record.slurm)}, built for Slurm {cluster.release}" in shown
-    assert re.search(r"^all \d+ ok$", shown, re.MULTILINE), shown
+    assert done.returncode == 0, shown
 
 
 def test_up_does_not_change_the_release(cluster: Cluster, release: str) -> None:
@@ -132,3 +133,55 @@ def test_oci_conf_gives_container_to_slurm(make_cluster: Callable[..., Cluster],
     assert (slurms.returncode == 0) is lenient
     assert "bundle" not in made.agent_log("n1")
     made.down()
+
+
+# -- a launcher that does not suit the MPI library --------------------------------------------------------
+
+MISMATCH = re.compile(r"enclos: .* is linked with .*")
+
+
+@pytest.mark.parametrize(
+    ("wrong", "right", "image_name", "library"),
+    [("pmix", "pmi2", "mpich", "MPICH"), ("pmi2", "pmix", "openmpi", "OpenMPI")],
+)
+def test_mismatch_of_launcher_and_library_is_said(
+    cluster: Cluster, image: str, mpich_image: str, wrong: str, right: str, image_name: str, library: str
+) -> None:
+    """Before MPI's own words; without them MPICH's tasks would each run alone and say that all is well."""
+    listed = cluster.run("srun --mpi=list")
+    known = listed.stdout + listed.stderr
+    step = f"srun -N2 -n2 --kill-on-bad-exit=1 --container-image=/images/{image_name}.sqsh"
+    if wrong in known:
+        done = cluster.run(f"{step} --mpi={wrong} ring --rounds 2", "usera")
+        said = [row for row in done.stderr.splitlines() if MISMATCH.search(row)]
+        line = f"is linked with {library}, which --mpi={wrong} possibly does not start; use --mpi={right}"
+        assert [row[row.index("is linked") :] for row in said] == [line, line], "not one line on each node"
+        assert "ring of 2" not in done.stdout
+        one = cluster.run(f"{step.replace('-N2', '-N1')} --mpi={wrong} ring --rounds 2", "usera").stderr.splitlines()
+        assert "enclos:" in next(row for row in one if not row.startswith("srun: job")), "MPI spoke first"
+    if right in known:
+        done = cluster.run(f"UCX_TLS=tcp,self {step} --mpi={right} ring --rounds 2", "usera")
+        assert "ring of 2" in done.stdout and not MISMATCH.search(done.stderr), done.stderr
+
+
+def test_bad_programs_are_no_matter_for_the_check(cluster: Cluster, image_directory: str) -> None:
+    """Offsets that lead nowhere, a file of one byte, a script: the task ends as it would without a container."""
+    whole = (cluster.layout.images / "openmpi/usr/bin/ring").read_bytes()
+    folder = cluster.layout.shared / "programs"
+    folder.mkdir()
+    texts = {
+        "script": b"#!/bin/sh\necho ran\n",
+        "byte": b"\x7f",
+        "header": whole[:64],
+        "offsets": whole[:32] + b"\xff" * 8 + whole[40:],
+        "count": whole[:56] + b"\xff\xff" + whole[58:],
+        "half": whole[: len(whole) // 2],
+    }
+    for name, text in texts.items():
+        (folder / name).write_bytes(text)
+        (folder / name).chmod(0o755)
+        step = f"srun -wn1 -n2 --mpi=pmi2 --container-image={image_directory} --container-mounts=/shared:/shared:ro"
+        done = cluster.run(f"{step} /shared/programs/{name}", "usera")
+        assert done.stdout == ("ran\nran\n" if name == "script" else ""), name
+        bare = cluster.run(f"srun -wn1 -n2 /shared/programs/{name}", "usera")
+        assert done.returncode == bare.returncode, done.stderr
