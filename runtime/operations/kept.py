@@ -7,9 +7,7 @@ root may enter, so it outlives the agent. EnterContainer and what follows run as
 from __future__ import annotations
 
 import os
-import shutil
 import socket
-import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -109,6 +107,8 @@ class StageKept:
         return mount_fd
 
     def _format(self) -> None:
+        import subprocess  # Not in the zygote: every builder would carry it.
+
         os.makedirs(os.path.dirname(self.backing), 0o700, exist_ok=True)
         flags = os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC
         fd = os.open(self.backing, flags, 0o600)
@@ -224,6 +224,8 @@ def discard(channel: socket.socket, request: Message) -> int:
     if is_mounted(path):
         if not backing:
             # By descriptors all the way, without following links: safe in a tree that a user made.
+            import shutil  # Not in the zygote, as above.
+
             shutil.rmtree(path, ignore_errors=True)
         linux.unmount(path)
     with suppress(FileNotFoundError):
