@@ -49,7 +49,7 @@ def main() -> int:
 def _serve(machine: guest.Guest, arguments: argparse.Namespace, rest: Sequence[str]) -> int:
     here = f"cd {shlex.quote(str(ROOT))}; "
     if arguments.verb == "shell":
-        return machine.shell()
+        return machine.shell(ROOT)
     if arguments.verb == "run":
         return machine.run(here + shlex.join(arguments.words), arguments.timeout)
     _warm_up()

@@ -63,10 +63,9 @@ class Guest:
             return self._hung(f"was ended after {timeout:.0f} s")
         return self._status()
 
-    def shell(self) -> int:
-        """Give the terminal to a shell in the guest until that ends."""
-        self._prepare("exec setsid -c bash -i")
-        # Without mon: everything typed is the guest's, also ctrl-C.
+    def shell(self, directory: Path) -> int:
+        """Give the terminal to a shell in the guest, in a directory, until that ends."""
+        self._prepare(f"cd '{directory}'; exec setsid -c bash -i")
         subprocess.run(self._qemu("mon:stdio"), check=False)
         return self._status()
 
