@@ -118,8 +118,11 @@ void save_begin(spank_t spank, int fd)
 	if (dup2(fd, 3) == 3)
 		close_range(4, ~0U, 0);
 	status = wait_for(child);
-	/* Killed with the step, or by the kernel for its memory: this process may be next, and asks for nothing more. */
-	if (WIFSIGNALED(status) && WTERMSIG(status) == SIGKILL)
+	/*
+	 * Killed with the step, or by the kernel for its memory: this process may be next, and asks for nothing more. A
+	 * shell whose child was killed a moment before ends with 128 + SIGKILL.
+	 */
+	if (WIFSIGNALED(status) ? WTERMSIG(status) == SIGKILL : WEXITSTATUS(status) == 128 + SIGKILL)
 		end_as(status, true);
 	saved = ask_to_save(3);
 	if (!saved)

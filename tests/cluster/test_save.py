@@ -129,10 +129,12 @@ def test_a_full_disk_fails_the_step_and_leaves_what_was_there(idle: Cluster, sha
 
 
 def test_a_step_that_is_killed_is_not_saved(idle: Cluster, leftovers: Leftovers, shared: Path) -> None:
-    with idle.popen(["srun", "-w", "n1", "-J", "doomed", IMAGE, "--container-save=/shared/saved/x.sqsh", "sh", "-c",
+    with idle.popen(["srun", "-w", "n1", IMAGE, "--container-save=/shared/saved/x.sqsh", "sh", "-c",
                      "echo up; sleep 60"], "usera") as running:  # fmt: skip
         assert running.stdout is not None and running.stdout.readline() == "up\n"
-        idle.run(["scancel", "--signal=KILL", "--name=doomed"], "usera")
+        for name in ("enclos-task", "sleep"):
+            for pid in processes(idle, "n1", name):
+                kill(pid)
         running.communicate(timeout=30)
     assert running.returncode != 0
     assert leftovers.rows() == []
