@@ -216,7 +216,9 @@ def _import(image: Image, store: Store, reference: str, reuse: Sequence[str] = (
     if measure:
         watcher.start()
     with mine:
-        while (message := protocol.receive(mine)) is not None and message.get("state") != "done":
+        while (message := protocol.receive(mine)) is None or message.get("state") != "done":
+            if message is None:
+                raise RuntimeError(f"the importer of {reference} ended early")
             if message.get("state") == "error":
                 raise RuntimeError(f"{message.get('what')}: {message.get('cause')}")
             if message.get("state") == "resolved":

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from enclos.runtime.cluster.nodes import closed_folder
 from enclos.runtime.images.filestore import FileStore
 from layers import Entry, layer, write_layout
 from registries import Registry, make_insecure, serve
@@ -42,6 +43,24 @@ def registry(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Registry]:
         conf.unlink()
 
 
+def uncovered() -> list[str]:
+    """Before a command: a mount namespace in which others reach a checkout below a folder that is closed to them."""
+    checkout = Path(__file__).resolve().parents[2]
+    closed = closed_folder(checkout)
+    if closed is None:
+        return []
+    script = """
+        exec 9< "$2"
+        mount -t tmpfs -o mode=755,nosuid,nodev tmpfs "$1"
+        mkdir -p "$2"
+        mount --rbind /proc/self/fd/9 "$2"
+        exec 9<&-
+        shift 2
+        exec "$@"
+    """
+    return ["unshare", "--mount", "sh", "-euc", script, "sh", str(closed), str(checkout)]
+
+
 class Caller:
     """Somebody with a store, and the command."""
 
@@ -55,7 +74,7 @@ class Caller:
             setting: str(store),
         }
         ids = ["setpriv", f"--reuid={uid}", f"--regid={uid}", "--clear-groups"] if uid else []
-        self.command = [*ids, *ENCLOS, "image"]
+        self.command = [*(uncovered() if uid else []), *ids, *ENCLOS, "image"]
 
     def run(self, *words: str, timeout: float = 60) -> subprocess.CompletedProcess[str]:
         command = [*self.command, *words]
