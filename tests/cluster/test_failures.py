@@ -108,6 +108,7 @@ def in_image(name: str, options: Sequence[str], *lines: str, status: int = 1, us
 
 
 MISSING = "image not found"
+REFERENCE_HINT = "hint: give docker://REGISTRY/NAME:TAG, /PATH or ./PATH; see enclos-srun(1)"
 DENIED = "image is not readable (permission denied)"
 UNTRUSTED = "image is not trusted (not owned by root, or writable by others)"
 UNTRUSTED_HINT = (
@@ -123,11 +124,15 @@ CASES = [
     bad_image("image-below-a-file", f"{IMAGE}/deeper", MISSING, ON_NODE),
     bad_image("image-symlink-loop", "/images/loop.sqsh", MISSING, ON_NODE),
     bad_image("image-name-too-long", "/" + "a" * 300, MISSING, ON_NODE),
-    bad_image(
-        "image-of-a-registry",
-        "ubuntu:24.04",
-        MISSING,
-        "hint: give docker://REGISTRY/NAME:TAG, or the path of a squashfs file or directory: /PATH or ./PATH",
+    # Said by srun itself.
+    Case(
+        "image-of-no-registry",
+        ["--container-image=ubuntu:24.04"],
+        [
+            "enclos: --container-image=ubuntu:24.04: no such kind of image"
+            " (it is no path, and the site has no default registry)",
+            REFERENCE_HINT,
+        ],
     ),
     bad_image("image-unreadable", "/images/private.sqsh", DENIED, READABLE),
     bad_image("image-in-a-closed-folder", "/shared/secret/image.sqsh", DENIED, READABLE),
