@@ -4,6 +4,10 @@ The kernel parses none of the file: it asks squashfuse, which has its user's rig
 zygote, because it serves as long as the container lives: it dies neither with the builder nor with the agent. It ends
 with the last reference to its mount, or by the agent's signal at the step's end.
 
+The task itself is its guardian, which is root's: the agent knows that one, and with it ends squashfuse. Its user may
+stop squashfuse with SIGSTOP. The tasks that wait for an answer would then take no signal, slurmstepd could not end
+them, and Slurm would drain the node: the kernel tells a parent that its child has stopped, and the guardian kills it.
+
 The file system belongs to the user namespace that maps 0 to the user, so that files which are root's in the image are
 his, whatever squashfuse says. Root owns that namespace: unlike his other processes the user can't trace this one.
 """
@@ -36,13 +40,40 @@ def run(channel: socket.socket, request: Message) -> int:
     answers with the mount, attached nowhere, a pipe from which squashfuse's complaints can be read, and that
     namespace if it had to be made. The channel is closed when squashfuse has begun.
     """
+    for number in IGNORED:
+        signal.signal(number, signal.SIG_IGN)
+    # Here, so that the guardian does not keep others' images mounted either.
+    _leave(request.get("hide"))
+    guardian = os.getpid()
+    pid = os.fork()
+    if pid == 0:
+        return _serve(channel, request, guardian)
+    # The device above all: when squashfuse dies, the last descriptor of it has to be closed.
+    linux.close_other_descriptors([0, 1, 2])
+    channel.detach()
+    request.take_fds()
+    _guard(pid)
+    return 0
+
+
+def _guard(pid: int) -> None:
+    """Wait for the end of squashfuse, which has to come as soon as it stops."""
+    while True:
+        _, status = os.waitpid(pid, os.WUNTRACED)
+        if not os.WIFSTOPPED(status):
+            return
+        os.kill(pid, signal.SIGKILL)
+
+
+def _serve(channel: socket.socket, request: Message, guardian: int) -> int:
     image_fd, *idmap_fds = request.take_fds()
     try:
         program = find_program()
         made = [] if idmap_fds else [_make_idmap(request.number("uid"), request.number("gid"))]
         os.chdir("/")
         os.setgroups([int(group) for group in request.all("group")])
-        _leave(request.get("hide"), *idmap_fds, *made)
+        linux.setns((idmap_fds or made)[0], linux.CLONE_NEWUSER)
+        linux.unshare(linux.CLONE_NEWNS)  # One in which that user namespace has the power to mount.
         fuse_fd, mount_fd = mount()
     except errors.EnclosError as error:
         parts = [("subject", error.subject), ("what", error.what), ("cause", error.cause), ("hint", error.hint)]
@@ -50,6 +81,10 @@ def run(channel: socket.socket, request: Message) -> int:
         return 1
     read_fd, write_fd = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
     _become_user()
+    # Not before: a change of the user takes it back.
+    linux.set_parent_death_signal(signal.SIGKILL)
+    if os.getppid() != guardian:
+        return 1
     send(channel, [("state", "serving")], [mount_fd, read_fd, *made])
     _execute(program, image_fd, fuse_fd, write_fd, request.number("offset"))
     return 1
@@ -72,15 +107,10 @@ def find_program() -> str:
     raise errors.image_server_missing()
 
 
-def _leave(hide: str, idmap_fd: int) -> None:
-    """Go to a mount namespace without the images of others, where the user namespace has the power to mount.
-
-    Without the first step this process would keep others' images mounted as long as it lives.
-    """
+def _leave(hide: str) -> None:
+    """Go to a mount namespace without the images of others: this would keep them mounted as long as it lives."""
     linux.unshare(linux.CLONE_NEWNS)
     linux.unmount(hide)
-    linux.setns(idmap_fd, linux.CLONE_NEWUSER)
-    linux.unshare(linux.CLONE_NEWNS)
 
 
 def mount() -> tuple[int, int]:
@@ -115,8 +145,6 @@ def _become_user() -> None:
 
 def _execute(program: str, image_fd: int, fuse_fd: int, errors_fd: int, offset: int) -> None:
     """Become squashfuse, with no descriptor but the image, the FUSE device and a pipe for its complaints."""
-    for number in IGNORED:
-        signal.signal(number, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_DATA, (MEMORY_BYTES, MEMORY_BYTES))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     null_fd = os.open("/dev/null", os.O_RDWR)

@@ -208,6 +208,35 @@ def test_its_death_is_an_error_and_no_hang(fragile: Cluster, fragile_own: Path, 
     assert clean.rows() == []
 
 
+def test_it_cannot_be_stopped(fragile: Cluster, fragile_own: Path, clean: Leftovers) -> None:
+    """Tasks that wait for a stopped server take no signal: Slurm would drain the node."""
+    running = begin(fragile, "while cat /large > /dev/null; do :; done", first="cat /bin/busybox > /dev/null")
+    fragile.run(f"pkill -STOP -u usera -x {SERVER}", "usera", node="n1")
+    await_none(fragile)
+    fragile.run("scancel --user=usera")
+    running.communicate(timeout=20)
+    fragile.await_idle()
+    assert clean.rows() == []
+
+
+def test_its_guardian_is_not_the_users(fragile: Cluster, fragile_own: Path, clean: Leftovers) -> None:
+    """It is root's, has nothing open and no image mounted, and squashfuse ends with it."""
+    running = begin(fragile, "sleep 60")
+    (guardian,) = processes(fragile, "n1", "enclos-serve")
+    status = Path(f"/proc/{guardian}/status").read_text()
+    assert "Uid:\t0\t0\t0\t0\n" in status
+    assert sorted(os.listdir(f"/proc/{guardian}/fd")) == ["0", "1", "2"]
+    assert "squashfs" not in Path(f"/proc/{guardian}/mounts").read_text()
+    done = fragile.run(f"kill -KILL {guardian} || kill -STOP {guardian}", "usera", node="n1")
+    assert done.returncode != 0 and processes(fragile, "n1", SERVER)
+    kill(guardian)
+    await_none(fragile)
+    fragile.run("scancel --user=usera")
+    running.communicate(timeout=20)
+    fragile.await_idle()
+    assert clean.rows() == []
+
+
 def test_slurms_signals_do_not_reach_it(fragile: Cluster, fragile_own: Path, clean: Leftovers) -> None:
     trap = "trap 'cat /large > /dev/null && exit 5' TERM USR1"
     running = begin(fragile, "while :; do sleep 0.1; done", first=trap)
