@@ -32,7 +32,7 @@ deps: ## install the Debian packages that are missing (as root)
 build/.venv-stamp: pyproject.toml setup.py | deps
 	@mkdir -p build
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[test,bench]'
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[test,bench,fast]'
 	@touch $@ build/.linux-stamp
 
 # The cffi module with the system calls that Python lacks; the first time pip has built it.
@@ -94,7 +94,7 @@ bench: all ## all benchmarks, as root; the report is in build/benchmarks
 install: $(SHIM) ## install for a site: DESTDIR=, prefix=/usr/local, sysconfdir=/etc
 	install -d $(DESTDIR)$(prefix)/bin $(DESTDIR)$(libdir) $(DESTDIR)$(sysconfdir)/enclos $(DESTDIR)$(unitdir)
 	$(PYTHON) -m venv build/install-venv
-	build/install-venv/bin/pip install --quiet --disable-pip-version-check --upgrade --target $(DESTDIR)$(libdir)/python .
+	build/install-venv/bin/pip install --quiet --disable-pip-version-check --upgrade --target $(DESTDIR)$(libdir)/python '.[fast]'
 	rm -rf $(DESTDIR)$(libdir)/python/bin
 	set -e; for row in enclos:cli.main enclosd:daemon enclos-cluster:cluster.main; do \
 	    program=$(DESTDIR)$(prefix)/bin/$${row%%:*}; \

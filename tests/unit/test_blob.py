@@ -1,0 +1,83 @@
+"""Blobs of layers as the importer reads them: what is decompressed, and what is found to be damaged."""
+
+from __future__ import annotations
+
+import contextlib
+import gzip
+import hashlib
+import os
+import zlib
+
+import pytest
+from enclos.runtime.images import blob
+from enclos.runtime.images.blob import BadBlob, Blob
+from hypothesis import given
+from hypothesis import strategies as st
+
+TEXT = b"".join(b"line %d of the layer\n" % number for number in range(100_000))
+
+
+@pytest.fixture(params=["as shipped", "zlib"], autouse=True)
+def decompressor(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """ISA-L where it is installed, and zlib in any case."""
+    if request.param == "zlib":
+        monkeypatch.setattr(blob, "inflate", zlib)
+
+
+def read(data: bytes, digest: str = "") -> bytes:
+    fd = os.memfd_create("blob")
+    os.write(fd, data)
+    opened = Blob(fd, digest)
+    try:
+        found = b"".join(iter(lambda: opened.read(10_000), b""))
+        opened.finish()
+    finally:
+        opened.close()
+    return found
+
+
+def test_the_one_that_is_fast_is_installed() -> None:
+    import isal.isal_zlib
+
+    assert isal.isal_zlib.decompressobj(31).decompress(gzip.compress(TEXT)) == TEXT
+
+
+@pytest.mark.parametrize("behind", [b"", bytes(1000), b"no gzip"])
+def test_gzip_of_several_members(behind: bytes) -> None:
+    data = gzip.compress(TEXT) + gzip.compress(b"") + gzip.compress(b"more", 1) + behind
+    assert read(data, f"sha256:{hashlib.sha256(data).hexdigest()}") == TEXT + b"more"
+
+
+def test_a_blob_that_is_not_the_one_meant() -> None:
+    with pytest.raises(BadBlob, match="does not match its digest"):
+        read(gzip.compress(TEXT), f"sha256:{'0' * 64}")
+
+
+@pytest.mark.parametrize("rest", [1, 8, 100, 10_000])
+def test_gzip_that_ends_too_early(rest: int) -> None:
+    with pytest.raises(BadBlob, match="ends too early"):
+        read(gzip.compress(TEXT)[:-rest])
+
+
+@pytest.mark.parametrize("place", [2, 1000, -6, -2], ids=["header", "data", "checksum", "length"])
+def test_damaged_gzip(place: int) -> None:
+    data = bytearray(gzip.compress(TEXT))
+    data[place] ^= 0xFF
+    with pytest.raises(BadBlob, match=r"gzip stream is damaged|ends too early"):
+        read(bytes(data))
+
+
+def test_a_bomb_comes_in_small_pieces() -> None:
+    """However much a few bytes become, never more than a piece of it is in memory at a time."""
+    fd = os.memfd_create("blob")
+    os.write(fd, gzip.compress(bytes(64 << 20)))
+    opened = Blob(fd)
+    pieces = [len(piece) for piece in iter(lambda: opened.read(1 << 30), b"")]
+    opened.finish()
+    assert sum(pieces) == 64 << 20 and max(pieces) <= blob.CHUNK
+
+
+@given(st.binary(max_size=300))
+def test_no_bytes_do_more_than_fail(data: bytes) -> None:
+    with contextlib.suppress(BadBlob):
+        read(blob.GZIP + data)
