@@ -40,6 +40,8 @@ TMPFS_VALUES = {
     "mode": "[0-7]{3,4}",
     "nr_inodes": r"[1-9][0-9]{0,11}[kmgKMG]?",
 }
+# Of mounts that Enclos adds, and no user can write it: what the image has at the target stays.
+WHERE_MISSING = "where-missing"
 ALL_FLAGS = (*_ACCESS, *_FLAGS, *_SILENT)
 
 

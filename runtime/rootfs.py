@@ -68,6 +68,17 @@ def make_directories(root_fd: int, path: str, mode: int = 0o755) -> int:
     return fd
 
 
+def exists(root_fd: int, path: str) -> bool:
+    """Whether there is something at a path below the root, links followed; what cannot be looked at is there."""
+    try:
+        os.close(open_inside(root_fd, path, os.O_PATH))
+    except FileNotFoundError:
+        return False
+    except OSError:
+        return True
+    return True
+
+
 def attach(root_fd: int, mount_fd: int, target: str) -> None:
     """Move a detached mount onto `target`; a missing target is made to fit what is mounted."""
     try:

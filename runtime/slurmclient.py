@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from enclos.runtime import errors
-from enclos.runtime.mounts import Mount
+from enclos.runtime.mounts import WHERE_MISSING, Mount
 
 PLACE = "/run/enclos/slurm"
 OPTION = "--container-slurm"
@@ -32,6 +32,8 @@ PLUGINS = ("auth_*.so", "cred_*.so", "mpi_*.so", "hash_*.so")
 LIBRARY_DIRECTORIES = 8  # as spank/command.c has them
 INCLUDE_DEPTH = 8
 LDD_SECONDS = 20
+# What mpi_pmix opens, in a directory that is written in it when it is compiled.
+PMIX_LIBRARIES = (b"libpmix.so", b"libpmix.so.2")
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,6 +45,7 @@ class SlurmClient:
         loader: the dynamic loader that they name.
         libraries: directories with all their libraries, and their plugins'.
         places: files and directories that have to be at the same path inside.
+        fallbacks: libraries that a plugin opens by their full path, which are mounted where the image has none.
         accounts: names of users that slurm.conf holds, which the commands look up.
         program: the bytes of the program that stands for them.
     """
@@ -51,6 +54,7 @@ class SlurmClient:
     loader: str
     libraries: tuple[str, ...]
     places: tuple[str, ...]
+    fallbacks: tuple[str, ...]
     accounts: tuple[str, ...]
     program: bytes
 
@@ -60,7 +64,10 @@ class SlurmClient:
         pairs += [(real, f"{PLACE}/bin/{os.path.basename(path)}") for path, real in self.commands]
         pairs += [(directory, f"{PLACE}/lib/{index}") for index, directory in enumerate(self.libraries)]
         pairs += [(path, path) for path in self.places]
-        return tuple(Mount(source, target, "bind", True, (), f"{source}:{target}") for source, target in pairs)
+        always = [Mount(source, target, "bind", True, (), f"{source}:{target}") for source, target in pairs]
+        # A program of the image keeps the library that it was linked with: for srun any will do.
+        options = ("nofail", WHERE_MISSING)
+        return (*always, *(Mount(path, path, "bind", True, options, f"{path}:{path}") for path in self.fallbacks))
 
 
 _known: dict[tuple[tuple[str, int], ...], SlurmClient] = {}
@@ -94,7 +101,8 @@ def _look(srun: str, configuration: str) -> SlurmClient:
     plugins = _plugin_directories(settings, libraries)
     opened = [str(file) for directory in plugins for pattern in PLUGINS for file in Path(directory).glob(pattern)]
     spank = list(_spank_plugins(Path(configuration), settings, plugins))
-    _, more = _needed([*opened, *spank])
+    by_path = list(dict.fromkeys(name for plugin in opened for name in opened_by_path(Path(plugin).read_bytes())))
+    _, more = _needed([*opened, *spank, *by_path])
     directories = dict.fromkeys(os.path.realpath(os.path.dirname(name)) for name in (*libraries, *more))
     if len(directories) > LIBRARY_DIRECTORIES:
         raise errors.slurm_commands_missing(f"libraries in more than {LIBRARY_DIRECTORIES} directories")
@@ -104,6 +112,7 @@ def _look(srun: str, configuration: str) -> SlurmClient:
         loader=loader,
         libraries=tuple(directories),
         places=tuple(dict.fromkeys(places)),
+        fallbacks=tuple(by_path),
         accounts=tuple(dict.fromkeys(["root", *(settings.get(key, "root") for key in ("slurmuser", "slurmduser"))])),
         program=_program(),
     )
@@ -139,6 +148,15 @@ def _plugin_directories(settings: dict[str, str], libraries: list[str]) -> list[
     named = [name for name in settings.get("plugindir", "").split(":") if name]
     beside = [os.path.dirname(name) for name in libraries if os.path.basename(name).startswith("libslurm")]
     return list(dict.fromkeys(name for name in (*named, *beside) if os.path.isdir(name)))
+
+
+def opened_by_path(plugin: bytes) -> Iterator[str]:
+    """PMIx' library where mpi_pmix opens it by its path: ldd does not show it, and no library path leads there."""
+    texts = set(re.findall(rb"(?<=\0)[\w./+-]+(?=\0)", plugin))
+    for name in PMIX_LIBRARIES:
+        if name in texts:
+            paths = (f"{text.decode().rstrip('/')}/{name.decode()}" for text in sorted(texts) if text.startswith(b"/"))
+            yield from (path for path in paths if os.path.isfile(path))
 
 
 def _spank_plugins(configuration: Path, settings: dict[str, str], plugins: list[str]) -> Iterator[str]:

@@ -92,12 +92,16 @@ class Attach:
     source: str = ""
     optional: bool = False
     option: str = "--container-mounts"
+    where_missing: bool = False
 
     def describe(self) -> str:
-        return f"attach {self.name} at {self.target}"
+        return f"attach {self.name} at {self.target}" + (" if nothing is there" if self.where_missing else "")
 
     def execute(self, builder: Builder) -> None:
         if self.optional and self.name not in builder.fds:
+            return
+        if self.where_missing and rootfs.exists(builder.fds["root"], self.target):
+            builder.drop(self.name)
             return
         try:
             rootfs.attach(builder.fds["root"], builder.fds[self.name], self.target)

@@ -51,7 +51,7 @@ def place(name: str, mount: Mount, option: str) -> Operation:
     """One mount onto its target."""
     optional = "nofail" in mount.options
     if mount.kind == "bind":
-        return Attach(name, mount.target, mount.source, optional, option)
+        return Attach(name, mount.target, mount.source, optional, option, mounts.WHERE_MISSING in mount.options)
     if mount.kind == "umount":
         return Unmount(mount.target, optional, option)
     options: list[tuple[str, str | None]] = [("mode", "1777")] if mount.kind == "tmpfs" else [("ptmxmode", "0666")]

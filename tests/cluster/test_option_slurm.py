@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from boxes import BOX, shell, srun
 from conftest import Result
+from enclos.runtime import slurmclient
 from enclos.runtime.cluster.cluster import Cluster
 
 pytestmark = pytest.mark.usefixtures("box", "shared")
@@ -73,6 +74,29 @@ def test_script_calls_srun(idle: Cluster) -> None:
     assert lines[5] == "alone"
     assert sorted(lines[6:8]) == ["enclos0 lo 61001"] * 2
     assert lines[8:] == ["RUNNING usera", "1"]
+
+
+def test_script_starts_mpi(idle: Cluster, image: str, pmix: None) -> None:
+    """srun itself opens the library of PMIx, by a full path that an image of busybox does not have."""
+    script = f"srun --mpi=pmix --container-image={image} --container-network=job ring"
+    done = batch(idle, script, f"--container-image={BOX}", "--container-slurm", nodes=2)
+    assert done.returncode == 0, done.stdout
+    assert "all data right" in done.stdout and "rank 1  node n2" in done.stdout
+
+
+def test_image_with_a_pmix_of_its_own(idle: Cluster) -> None:
+    """What programs of the image are linked with is not covered by the node's."""
+    plugins = Path("/usr/lib").glob("*/slurm-wlm/mpi_pmix_*.so")
+    paths = [path for plugin in plugins for path in slurmclient.opened_by_path(plugin.read_bytes())]
+    assert paths, "Slurm's mpi_pmix names no library"
+    root = idle.layout.images / "own-pmix"
+    shutil.copytree(idle.layout.images / "box", root, symlinks=True)
+    for path in paths:
+        (root / path[1:]).parent.mkdir(parents=True, exist_ok=True)
+        (root / path[1:]).write_text("of the image")
+    for place, kind in ((BOX, "ELF"), ("/images/own-pmix", "of the image")):
+        done = batch(idle, f"head -c 12 {paths[0]}", f"--container-image={place}", "--container-slurm")
+        assert kind in done.stdout, place
 
 
 def test_image_with_another_libc(idle: Cluster) -> None:
