@@ -70,7 +70,7 @@ def _arguments() -> argparse.ArgumentParser:
     parser.add_argument("--config", metavar="FILE", help="configuration (default: /etc/enclos/enclos.yaml)")
     node_help = "Slurm's name of this node (default: the host name)"
     parser.add_argument("--node", metavar="NAME", default=node_name(), help=node_help)
-    parser.add_argument("--version", action="version", version=enclos.__version__)
+    parser.add_argument("--version", action="version", version=f"enclosd {enclos.__version__}")
     return parser
 
 

@@ -255,10 +255,20 @@ def store_unusable(directory: str, number: int) -> EnclosError:
     )
 
 
+def image_file_unusable(path: str, number: int) -> EnclosError:
+    """The file that `enclos image export` writes or `enclos image import` reads."""
+    return UserError(
+        path,
+        "the file cannot be used",
+        reason(number),
+        "'enclos image export' makes a new file, 'enclos image import' reads one that is there",
+    )
+
+
 def no_own_store() -> EnclosError:
     """The site gave this user no store, or root no site store."""
     return UserError(
-        "enclos image",
+        "image",
         "there is no store that you may fill",
         hint=ADMIN + "images.user_store, and for root images.site_store, in enclos.yaml",
     )
@@ -765,7 +775,7 @@ def named_limit(name: str, limit: int) -> EnclosError:
 def named_not_there(name: str) -> EnclosError:
     """Nothing to remove."""
     return UserError(
-        f"enclos rm {name}",
+        f"rm {name}",
         "you have no container of this name here in which no step runs",
         hint="'enclos ps' shows those that run; each node has its own",
     )
@@ -1116,7 +1126,7 @@ def build_timed_out(seconds: int, operation: str = "") -> EnclosError:
 
 def only_root(verb: str) -> EnclosError:
     """A verb of the administrator's."""
-    return UserError(f"enclos {verb}", "only root may do this", hint="run it as root on the compute node")
+    return UserError(verb, "only root may do this", hint="run it as root on the compute node")
 
 
 # ---------------------------------------------------------------- configuration and command line
@@ -1127,16 +1137,17 @@ def _place(path: str, line: int) -> str:
 
 
 def config_unreadable(path: str, number: int) -> EnclosError:
-    """The file is there but cannot be read."""
-    return AdminError(
-        path, "cannot read the configuration", reason(number), "check owner and mode of the file"
-    )
+    """The file is there but cannot be read, or one that was named is not there."""
+    hint = "give the path of a file" if number == errno.ENOENT else "check owner and mode of the file"
+    return AdminError(path, "cannot read the configuration", reason(number), hint)
 
 
 def config_syntax(path: str, line: int, detail: str) -> EnclosError:
     """Not YAML."""
     return AdminError(
-        _place(path, line), f"not valid YAML: {detail}", hint="'enclos config validate' checks the file"
+        _place(path, line),
+        f"not valid YAML: {detail}",
+        hint="in this line or before: indent with spaces; quote values with a brace, colon or #, as \"{node}-ib\"",
     )
 
 

@@ -37,6 +37,10 @@ def run(arguments: list[str]) -> int:
     try:
         run_verb: Callable[[Work], int] = given.run
         return run_verb(work)
+    except errors.EnclosError as error:
+        # Written for srun, where an image is an option's value; here it is an argument.
+        error.subject = error.subject.removeprefix("--container-image=")
+        raise
     except OSError as error:
         raise errors.store_unusable(work.places.own or str(error.filename), error.errno or 0) from error
 
@@ -119,7 +123,7 @@ def _parser() -> common.Parser:
     export.add_argument("file", help="the file; one that is there is left alone")
     bring = verb("import", _import, "take a squashfs or SIF file, or an archive, into your store under a name")
     bring.add_argument("file", help="a file, or oci:DIR, oci-archive:FILE, docker-archive:FILE, dir:DIR")
-    bring.add_argument("name", help="as NAME:TAG")
+    bring.add_argument("name", help="as docker://REGISTRY/NAME:TAG; NAME:TAG where the site has a default registry")
     resolve = verb("resolve", _resolve, "show the digest that a step would run: of the stores, else of the registry")
     resolve.add_argument("image", help="as docker://REGISTRY/NAME:TAG")
     resolve.add_argument("--registry", action="store_true", help="ask the registry in any case")
@@ -156,7 +160,7 @@ def _pull(work: Work) -> int:
 def _import(work: Work) -> int:
     name = work.reference(work.given.name)
     if not name.is_registry:
-        raise errors.bad_image_reference(work.given.name, "it must be a name, as NAME:TAG")
+        raise errors.bad_image_reference(work.given.name, "it must be a name, as docker://REGISTRY/NAME:TAG")
     if work.given.file.startswith(tuple(f"{kind}:" for kind in reference.LOCAL_KINDS)):
         return _import_archive(work, name.canonical())
     return _import_file(work, name.canonical())
@@ -175,7 +179,11 @@ def _import_archive(work: Work, name: str) -> int:
 
 def _import_file(work: Work, name: str) -> int:
     store, path = work.own(), work.given.file
-    with open(path, "rb") as source:
+    with contextlib.ExitStack() as stack:
+        try:
+            source = stack.enter_context(open(path, "rb"))
+        except OSError as error:
+            raise errors.image_file_unusable(path, error.errno or 0) from error
         _check_kind(source.fileno(), path)
         store.make()
         digest = f"sha256:{checksum(path)}"
@@ -245,8 +253,15 @@ def _resolve(work: Work) -> int:
 def _export(work: Work) -> int:
     _, store, image = work.find(work.given.image, work.all())
     target = work.given.file
-    with open(store.image_path(image.digest), "rb") as source, open(target, "xb") as copy:
-        shutil.copyfileobj(source, copy, 1 << 20)
+    with open(store.image_path(image.digest), "rb") as source:
+        try:
+            with open(target, "xb") as copy, contextlib.ExitStack() as undo:
+                undo.callback(os.unlink, target)
+                shutil.copyfileobj(source, copy, 1 << 20)
+                copy.flush()
+                undo.pop_all()
+        except OSError as error:
+            raise errors.image_file_unusable(target, error.errno or 0) from error
     return _say(work, f"{target}: {size(image.bytes)}", {"file": os.path.abspath(target), "digest": image.digest})
 
 

@@ -10,7 +10,7 @@ import asyncio
 import os
 from collections.abc import Sequence
 
-from enclos.runtime import config, plan, policy, request, slurmclient
+from enclos.runtime import config, errors, plan, policy, request, slurmclient
 from enclos.runtime.cli import common
 from enclos.runtime.cli.check_node import node_name
 from enclos.runtime.devices.node import NodeDevices
@@ -36,6 +36,8 @@ def run(arguments: list[str]) -> int:
     common.add_json(parser)
     given = parser.parse_args(arguments)
     fields = {f"option.{option.key}": getattr(given, option.key) or [] for option in OPTIONS}
+    if not any(fields.values()):
+        raise errors.image_required("render")
     fields["gpus"] = [given.gpus]
     lines = render({key: values for key, values in fields.items() if values})
     if given.json:

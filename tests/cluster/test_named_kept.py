@@ -224,7 +224,7 @@ def test_global_scope(disk: Cluster) -> None:
     assert (removed.returncode, removed.stderr) == (0, "")
     again = disk.run(["enclos", "rm", "w"], "usera", "n1")
     assert (again.returncode, again.stderr.splitlines()[0]) == (
-        1, "enclos: enclos rm w: you have no container of this name here in which no step runs",
+        1, "enclos: rm w: you have no container of this name here in which no step runs",
     )  # fmt: skip
     assert step(disk, "true")[1] == [f"slurmstepd-n1: error: enclos: --container-name=w: {missing}"]
     assert kept(disk) == []

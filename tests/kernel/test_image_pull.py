@@ -132,8 +132,26 @@ def test_pull_and_what_is_there_then(caller: Caller, registry: Registry) -> None
     copy = Path(caller.store.directory).with_name("copy.sqsh")
     assert caller.run("export", "small:t", str(copy)).returncode == 0
     assert copy.read_bytes() == path.read_bytes()
+    copy.write_text("mine")
+    again = caller.run("export", "small:t", str(copy))
+    assert (again.returncode, copy.read_text()) == (1, "mine")
+    assert f"enclos: {copy}: the file cannot be used (file exists)" in again.stderr
     assert caller.run("rm", "small:t").returncode == 0
     assert files(caller.store) == []
+
+
+@pytest.mark.parametrize(
+    ("words", "line"),
+    [
+        (("import", "none.sqsh", "small:t"), "none.sqsh: the file cannot be used (no such file or directory)"),
+        (("import", "/etc/hostname", "/small"), "/small: no such kind of image (it must be a name, as docker://"),
+        (("pull", "./small"), "./small: no such kind of image (only images of registries can be pulled)"),
+    ],
+)
+def test_an_argument_is_named_as_it_was_typed(caller: Caller, words: tuple[str, ...], line: str) -> None:
+    done = caller.run(*words)
+    assert done.returncode == 1
+    assert done.stderr.startswith(f"enclos: {line}"), done.stderr
 
 
 def test_resolve(caller: Caller, registry: Registry) -> None:

@@ -210,3 +210,16 @@ def test_a_verb_imports_only_what_it_needs() -> None:
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     loaded = set(done.stderr.split())
     assert not loaded & {"yaml", "argparse", "json", "subprocess", "socket", "dataclasses"}
+
+
+def test_render_without_an_option_says_what_it_needs() -> None:
+    done = run("render")
+    assert (done.returncode, done.stderr.splitlines()[0]) == (1, "enclos: render: it needs --container-image as well")
+
+
+def test_a_mapping_in_place_of_a_name_is_an_error_with_the_remedy(tmp_path: Path) -> None:
+    """What everybody writes first: {node} without quotes is YAML's mapping."""
+    file = tmp_path / "enclos.yaml"
+    file.write_text("network:\n  underlay:\n    name: {node}-ib\n")
+    done = run("config", "validate", str(file))
+    assert done.returncode == 1 and 'as "{node}-ib"' in done.stderr

@@ -43,6 +43,7 @@ SAMPLES: dict[str, tuple[object, ...]] = {
     "image_fuse_failed": (errno.ENODEV,),
     "image_not_in_store": ("debian:13", ["/site/images", "/home/usera/.local/share/enclos/images"]),
     "store_unusable": ("/home/usera/.local/share/enclos/images", errno.EACCES),
+    "image_file_unusable": ("out.sqsh", errno.EEXIST),
     "no_own_store": (),
     "idmap_missing": ("docker://ubuntu:24.04",),
     "image_place_missing": (IMAGE, "/proc", errno.ENOTDIR),

@@ -54,3 +54,15 @@ def test_what_is_missing_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(EnclosError, match="srun is not in the agent's PATH"):
         slurmclient.find()
+
+
+def test_library_that_a_plugin_opens_by_its_path(tmp_path: Path) -> None:
+    """A path and a name among the texts of a compiled plugin; what is not there is none."""
+    place = tmp_path / "pmix/lib"
+    place.mkdir(parents=True)
+    texts = [b"/usr/share", str(place).encode(), b"libpmix.so", b"%s/x"]
+    plugin = b"\x7fELF\0" + b"\0".join(texts) + b"\0"
+    assert list(slurmclient.opened_by_path(plugin)) == []
+    (place / "libpmix.so").touch()
+    assert list(slurmclient.opened_by_path(plugin)) == [f"{place}/libpmix.so"]
+    assert list(slurmclient.opened_by_path(plugin.replace(b"libpmix.so", b"libother.so"))) == []
