@@ -165,7 +165,7 @@ class Agent:
         if message.get("task") == "0":
             step.show_progress(lambda text: _send_progress(connection, text))
         if message.fds:
-            step.take_mounts(message.fds[0], wanted)
+            step.take_mounts(message.fds[0], connection.peer()[0], wanted)
         return step, _for_one_task(step, await step.join(wanted))
 
     def _step(self, wanted: request.StepRequest) -> Step:

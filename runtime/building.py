@@ -29,6 +29,7 @@ from enclos.runtime.images.served import ServedImage
 from enclos.runtime.jobs import word
 from enclos.runtime.members import identity
 from enclos.runtime.named import Turn
+from enclos.runtime.outside import Outside
 from enclos.runtime.protocol import ProtocolError
 from enclos.runtime.request import StepRequest
 from enclos.runtime.saving import Saving
@@ -91,6 +92,8 @@ class NodeStep(Step):
         self._early: asyncio.Task[None] | None = None
         self._has_turn = asyncio.Event()
         self._saving: Saving | None = None
+        self._outside = Outside(request.stepd, around.named.node_mounts_fd)
+        self._moved = False
 
     def prepare(self) -> None:
         """Begin to build; errors wait for the first join."""
@@ -118,8 +121,10 @@ class NodeStep(Step):
             self.ready.add_done_callback(_retrieve)
         return await self.answer()
 
-    def take_mounts(self, fd: int, wanted: StepRequest) -> None:
-        """The mount namespace of the first task, in which a path that it names is meant; it is copied."""
+    def take_mounts(self, fd: int, task_pid: int, wanted: StepRequest) -> None:
+        """The mount namespace of the first task, in which the paths that it names are meant; it is copied."""
+        if self.ready is None:
+            self._moved = self._outside.follow(fd, task_pid, wanted, policy.site_mounts(self._around.config))
         if wanted.save and self._saving is None:
             ids = [("uid", str(wanted.uid)), ("gid", str(wanted.gid))]
             fields = [*ids, *(("group", str(group)) for group in wanted.groups)]
@@ -145,7 +150,7 @@ class NodeStep(Step):
         return await asyncio.shield(self.ready)
 
     async def _serve_first(self, wanted: StepRequest) -> JoinReply:
-        if _differs(wanted, self.request):
+        if self._moved or _differs(wanted, self.request):
             await self._begin_anew(wanted)
         return await self._finish()
 
@@ -244,7 +249,8 @@ class NodeStep(Step):
             self._commands = os.path.dirname(slurm.commands[0][0]) if slurm else ""
             devices = await self._around.devices.select(self.request, decision.network)
             cgroup_path, leader = self.record["cgroup"], self._het_leader()
-            node = plan.NodeFacts(self._around.stage, cgroup_path, slurm, devices, leader, pid_namespace_of)
+            own_mounts = self._outside.fd >= 0
+            node = plan.NodeFacts(self._around.stage, cgroup_path, slurm, devices, leader, pid_namespace_of, own_mounts)
             image = await self._cached_image()
             early = plan.make(self._settled, decision, config, maps, node, image, kept)
             self.container = self._new_container(self._turn.beside if self._turn is not None else None)
@@ -285,9 +291,10 @@ class NodeStep(Step):
         return plan.Kept(containers.path(named), containers.backing(named.ident), named.image_key, beside)
 
     def _lent(self) -> dict[str, Lent]:
+        lent: dict[str, Lent] = {"outside": {"mnt": self._outside.fd}} if self._outside.fd >= 0 else {}
         if self._turn is None:
-            return {}
-        lent: dict[str, Lent] = {"node": {"mnt": self._around.named.node_mounts_fd}}
+            return lent
+        lent["node"] = {"mnt": self._around.named.node_mounts_fd}
         if self._turn.beside is not None:
             lent["beside"] = {"mnt": self._turn.beside.namespaces()["mnt"]}
         return lent
@@ -585,6 +592,7 @@ class NodeStep(Step):
         self._abandon()
         self._release_image()
         self._drop_relay()
+        self._outside.close()
 
     def _abandon(self) -> None:
         """Drop the container and what belongs to it alone. The relay stays: the job's network does, too."""

@@ -48,6 +48,7 @@ class NodeFacts:
         devices: what the step may have of the CDI files.
         het_leader: job id of the het job's leader, of which this job is a part; else 0.
         pid_namespace_of: slurmstepd's pid, where it lives in a pid namespace of its job's; else 0.
+        own_mounts: whether the job has a mount namespace of Slurm's, which the agent lends as `outside`.
     """
 
     stage: str
@@ -56,6 +57,7 @@ class NodeFacts:
     devices: Selection = field(default_factory=Selection)
     het_leader: int = 0
     pid_namespace_of: int = 0
+    own_mounts: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,6 +140,8 @@ def _early(
 
     # As root: what only root may mount, and what has to be read before the image is the root.
     yield op.LookUpAccounts(node.slurm.accounts if node.slurm else ())
+    if node.own_mounts:
+        yield op.TakeMounts()
     beside = kept is not None and kept.beside
     path = request.image_path() or image.path
     if beside:
@@ -174,6 +178,8 @@ def _early(
         yield op.JoinNetwork()
     yield op.StageFilesystem("sys", "sysfs", (), KERNEL_FS | MOUNT_ATTR_RDONLY)
 
+    if node.own_mounts:
+        yield op.JoinMounts()
     # As the user, in his own user namespace. Sources are cloned only now: in a tree that was cloned before, the
     # user could unmount what the host mounted over other files.
     yield op.BecomeUser()

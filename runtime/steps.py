@@ -113,7 +113,7 @@ class Step:
         """The answer that the first task gets or got."""
         raise errors.agent_restarted()
 
-    def take_mounts(self, fd: int, wanted: StepRequest) -> None:
+    def take_mounts(self, fd: int, task_pid: int, wanted: StepRequest) -> None:
         """The mount namespace that a task came from; it stays the caller's."""
 
     def save_channel(self) -> int:

@@ -44,6 +44,8 @@ from enclos.runtime.operations.namespaces import (
     CloneSource,
     EnterNamespaces,
     EnterUserNamespace,
+    JoinMounts,
+    TakeMounts,
 )
 from enclos.runtime.operations.parts import OpenParts
 from enclos.runtime.operations.staging import (
@@ -77,6 +79,7 @@ __all__ = [
     "EnterRootBeside",
     "EnterUserNamespace",
     "JoinLibraries",
+    "JoinMounts",
     "JoinNetwork",
     "LookUpAccounts",
     "MakeDirectory",
@@ -96,6 +99,7 @@ __all__ = [
     "StageProc",
     "StageText",
     "TakeContainer",
+    "TakeMounts",
     "Unmount",
     "WriteAccounts",
     "WriteHostname",

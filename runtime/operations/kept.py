@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import os
 import socket
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import dataclass
 
 from enclos.runtime import errors, linux, rootfs
@@ -25,24 +24,11 @@ from enclos.runtime.linux import (
     MS_PRIVATE,
 )
 from enclos.runtime.operations.assembly import forbid_imports
+from enclos.runtime.operations.common import in_mounts_of
 from enclos.runtime.protocol import Message, send
 
 SAFE = MOUNT_ATTR_NOSUID | MOUNT_ATTR_NODEV
 MKFS_SECONDS = 60
-
-
-@contextmanager
-def in_mounts_of(mounts_fd: int) -> Iterator[None]:
-    """Stand in another mount namespace. For a process with one thread, as root."""
-    own_fd = os.open("/proc/self/ns/mnt", os.O_RDONLY | os.O_CLOEXEC)
-    try:
-        linux.setns(mounts_fd, CLONE_NEWNS)
-        try:
-            yield
-        finally:
-            linux.setns(own_fd, CLONE_NEWNS)
-    finally:
-        os.close(own_fd)
 
 
 def is_mounted(path: str) -> bool:

@@ -25,6 +25,35 @@ COMPLAINT_BYTES = 300
 
 
 @dataclass(frozen=True, slots=True)
+class TakeMounts:
+    """Get the mount namespace that Slurm gave the job (a /tmp of its own): there the user's paths are meant."""
+
+    def describe(self) -> str:
+        return "take the job's mount namespace"
+
+    def execute(self, builder: Builder) -> None:
+        with builder.need("outside") as answer:
+            (fd,) = answer.take_fds()
+            builder.keep("outside", fd)
+
+
+@dataclass(frozen=True, slots=True)
+class JoinMounts:
+    """Stand in the job's mount namespace. The user's will be a copy of it, with all that is mounted there locked.
+
+    The last thing that root does: until then paths mean what they mean on the node, for a job's user may have
+    written what he likes where Slurm put his directories.
+    """
+
+    def describe(self) -> str:
+        return "join the job's mount namespace"
+
+    def execute(self, builder: Builder) -> None:
+        linux.setns(builder.fds["outside"], CLONE_NEWNS)
+        builder.drop("outside")
+
+
+@dataclass(frozen=True, slots=True)
 class BecomeUser:
     """Take the job's ids and keep only CAP_SYS_ADMIN, with which a user namespace may be made anywhere.
 

@@ -26,7 +26,7 @@ from enclos.runtime.linux import (
     MOUNT_ATTR_RDONLY,
     MS_SLAVE,
 )
-from enclos.runtime.operations.common import open_as_user
+from enclos.runtime.operations.common import open_as_user, where_users_paths_are
 from enclos.runtime.operations.parts import mount_lower
 
 
@@ -201,7 +201,7 @@ class OpenImage:
         builder.image_path = self.path
         if self.config:
             builder.texts["config"] = self.config.encode(errors="surrogateescape")
-        with builder.as_user():
+        with where_users_paths_are(builder), builder.as_user():
             fd = builder.keep("image", self._open())
             status = os.fstat(fd)
             extent = self._find(fd) if stat.S_ISREG(status.st_mode) else sif.Extent()

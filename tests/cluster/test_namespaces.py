@@ -101,6 +101,8 @@ def test_containers_in_slurms_namespaces(make_cluster: Callable[..., Cluster], r
     cluster.run("mkdir /shared/place && echo here > /shared/place/file", "usera")
     relative = f"srun -wn1 {IMAGE} --container-mounts=./place:/mnt cat /mnt/file"
     assert cluster.run(f"cd /shared && {relative}", "usera").stdout == "here\n"
+    if "PID" not in setting.file[1] and "NEWNS" not in setting.file[1]:
+        private_mounts(cluster)
     batch = cluster.run(f"cd /shared; sbatch -W -o batch.out {IMAGE} --wrap 'ls -d /proc/self; exit 5'", "usera")
     assert (batch.returncode, cluster.run("cat /shared/batch.out").stdout) == (5, "/proc/self\n")
     failed = cluster.run("srun -wn1 --container-image=/images/none true", "usera")
@@ -108,6 +110,37 @@ def test_containers_in_slurms_namespaces(make_cluster: Callable[..., Cluster], r
     cluster.await_idle()
     assert set(cluster.run("sinfo -h -N -o %T").stdout.split()) == {"idle"}
     cluster.down()
+
+
+def private_mounts(cluster: Cluster) -> None:
+    """/tmp and /dev/shm are the job's own: there lie the mounts that a step names, and its images."""
+    step = "srun -Q --overlap -n1"
+    script = f"""set -e
+        mkdir /tmp/own && echo mine > /tmp/own/file && echo shared > /dev/shm/piece && ln -s /tmp/own /shared/link
+        {step} {IMAGE} --container-mounts=/tmp/own:/mnt,/dev/shm/piece:/piece:ro cat /mnt/file /piece
+        {step} {IMAGE} --container-mounts=/shared/link:/mnt cat /mnt/file
+        cd /tmp && {step} {IMAGE} --container-mounts=./own:/mnt sh -c 'echo more >> /mnt/file'
+        {step} {IMAGE} --container-mounts=/:/node:ro cat /node/tmp/own/file
+        cp -r /images/openmpi /tmp/image && echo directory > /tmp/image/mark
+        cp /images/openmpi.sqsh /tmp/image.sqsh
+        {step} --container-image=./image cat /mark
+        {step} --container-image=./image.sqsh echo file
+        {step} --container-image=/tmp/image.sqsh --container-name=w sh -c 'echo named > /opt/n'
+        {step} --container-name=w --container-mounts=/tmp/own:/mnt cat /opt/n /mnt/file
+        exec {step} {IMAGE} --container-mounts=/tmp/own/none:/mnt true"""
+    cluster.run("rm -f /shared/link; chmod 1777 /shared")
+    words = ["salloc", "-Q", "-wn1", *step.split(), "bash", "-c", script]
+    done = cluster.run(words, "usera", timeout=120)
+    read = ["mine", "shared", "mine", "mine", "more", "directory", "file", "named", "mine", "more"]
+    assert done.stdout.split() == read, done.stderr
+    assert (done.returncode, own_lines(done)[0]) == (
+        1, "enclos: --container-mounts=/tmp/own/none:/mnt: source path does not exist on n1"
+    )  # fmt: skip
+    # Outside of a job's mounts there is nothing of it, and nothing is left when it is over.
+    nothing = cluster.run(f"srun -wn1 {IMAGE} --container-mounts=/tmp/own:/mnt cat /mnt/file", "usera")
+    assert (nothing.returncode, own_lines(nothing)[0]) == (
+        1, "enclos: --container-mounts=/tmp/own:/mnt: source path does not exist on n1"
+    )  # fmt: skip
 
 
 def test_chdir_under_contain_spank(make_cluster: Callable[..., Cluster], release: str) -> None:
@@ -147,3 +180,11 @@ def refusing(make_cluster: Callable[..., Cluster], release: str) -> Cluster:
     if release not in USER_NAMESPACE.releases:
         pytest.skip(f"Slurm {release} has no such setting")
     return up(make_cluster, USER_NAMESPACE)
+
+
+def test_where_slurm_gives_no_mounts_nobody_joins_any(idle: Cluster, image: str) -> None:
+    """So that nothing is spent on it, and nothing built twice."""
+    step = f"srun -wn1 --container-image={image} --container-mounts=/shared:/mnt true"
+    assert idle.run(step, "usera").returncode == 0
+    row = [row for row in idle.agent_log("n1").splitlines() if " ready@" in row][-1]
+    assert "OpenImage=" in row and "CloneSource=" in row and "Mounts=" not in row.replace("ImageMounts=", "")

@@ -105,6 +105,17 @@ def test_users_paths_are_cloned_only_where_what_lies_below_is_locked(case: str) 
         assert found.index("EnterNamespaces") < found.index("CloneSource") < found.index("EnterRoot")
 
 
+def test_root_looks_nothing_up_in_the_mounts_of_a_job() -> None:
+    wanted = request.parse({**FACTS, "option.mounts": ["/tmp/x:/x"]})
+    decision = policy.decide(wanted, settings.Config())
+    node = plan.NodeFacts("/stage", "/sys/fs/cgroup/step_0/user", own_mounts=True)
+    made = plan.make(wanted, decision, settings.Config(), container_maps(1, 1, ()), node)
+    found = [type(operation).__name__ for operation in made.operations]
+    assert found.index("TakeMounts") < found.index("OpenImage")
+    assert found[found.index("JoinMounts") + 1] == "BecomeUser"
+    assert "JoinMounts" not in names("mounts")
+
+
 @pytest.mark.parametrize("case", CASES)
 def test_nothing_is_staged_as_root_after_the_user_is_taken(case: str) -> None:
     found = names(case)
