@@ -126,13 +126,28 @@ static bool given_twice(int index, const char *value)
 	return inherited == NULL || strcmp(inherited, chosen[index]) != 0;
 }
 
+/* A value as an error shows it: printable, and so short that the reason behind it is not cut off. */
+static const char *shown(const char *value)
+{
+	static char text[256];
+	size_t length = 0;
+
+	while (value[length] != '\0' && length < sizeof(text) - sizeof("…")) {
+		unsigned char character = (unsigned char)value[length];
+
+		text[length++] = character < ' ' || character == 127 ? '?' : (char)character;
+	}
+	snprintf(text + length, sizeof(text) - length, "%s", value[length] != '\0' ? "…" : "");
+	return text;
+}
+
 static int choose_local(int index, const char *value)
 {
 	const struct enclos_option_row *row = row_at(index);
 	const char *wrong = check_value(row->checks, value);
 
 	if (wrong != NULL) {
-		slurm_error("enclos: --%s=%s: %s", row->name, value, wrong);
+		slurm_error("enclos: --%s=%s: %s", row->name, shown(value), wrong);
 		return -1;
 	}
 	if (row->has_arg && given_twice(index, value)) {
@@ -276,7 +291,7 @@ static void take_variable(int index, const char *variable, const char *value)
 	else if (!flag_row(index, value, &index))
 		wrong = "neither yes nor no";
 	if (wrong != NULL) {
-		slurm_error("enclos: %s=%s: %s", variable, value, wrong);
+		slurm_error("enclos: %s=%s: %s", variable, shown(value), wrong);
 		exit(1);
 	}
 	if (index < 0)
@@ -365,7 +380,7 @@ static int check_image_given(void)
 		if (chosen[i] == NULL || from_environment(i))
 			continue;
 		slurm_error("enclos: --%s%s%s: needs --%s", row_at(i)->name, row_at(i)->has_arg ? "=" : "",
-			    row_at(i)->has_arg ? chosen[i] : "", row_at(image)->name);
+			    row_at(i)->has_arg ? shown(chosen[i]) : "", row_at(image)->name);
 		return -1;
 	}
 	return 0;

@@ -6,14 +6,15 @@ the cluster, and changes nothing.
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import re
 import subprocess
 import time
 from collections import Counter
-from collections.abc import Iterable, Mapping
-from contextlib import suppress
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from pathlib import Path
 
@@ -95,7 +96,7 @@ def await_same(cluster: Cluster, before: Snapshot, timeout: float = 10, *, exact
 
 def _count_process(found: Mapping[str, Counter[str]], node: str, pid: int) -> None:
     """Count a process, the namespaces it is in, and those it only holds a descriptor of."""
-    with suppress(FileNotFoundError, ProcessLookupError):
+    with _which_may_end():
         folder = Path(f"/proc/{pid}")
         name = (folder / "comm").read_text().strip()
         inside = {kind: os.readlink(folder / "ns" / kind) for kind in KINDS}
@@ -114,6 +115,16 @@ def _count_process(found: Mapping[str, Counter[str]], node: str, pid: int) -> No
             # Those of our daemons by their kind: one more after each step is a leak.
             kinds = (_NUMBER.sub("", target) for target in held.values() if target not in spaces.values())
             found["descriptors"].update(f"{node} {name} {kind}" for kind in kinds)
+
+
+@contextmanager
+def _which_may_end() -> Iterator[None]:
+    """Around looks at a process: in the middle of its end it has no namespaces any more (EINVAL), then no files."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOENT, errno.ESRCH, errno.EINVAL):
+            raise
 
 
 def _count_mounts(found: Mapping[str, Counter[str]], node: str, pid: int, namespace: str) -> None:

@@ -121,7 +121,8 @@ def test_an_image_comes_and_srun_tells(site: Cluster) -> None:
     done = site.run(words, user="usera")
     assert done.stdout.split() == ["firstfirst", "firstfirst"], done.stderr
     told = said(done.stderr)
-    assert f"enclos: importing {reference} (1 layers, 9 MB)" in told
+    # How far it is depends on when the first task asks.
+    assert any(line.startswith(f"enclos: importing {reference}") for line in told)
     assert sum(line.startswith(f"enclos: imported {reference} in ") for line in told) == 2
     assert lines(site, rf"image={re.escape(reference)}@{digest} ", "n1") and lines(site, digest, "n2")
     again = site.run(["srun", "-N2", f"--container-image={reference}", "true"], user="userb")
@@ -279,8 +280,7 @@ def test_the_least_used_goes_and_what_is_in_use_stays(site: Cluster) -> None:
     before = len(lines(site, "imported in"))
     assert run(site, used, "cat /name", "usera", "--overlap").stdout == "used"
     assert len(lines(site, "imported in")) == before, "an image in use was evicted"
-    running.send_signal(signal.SIGINT)
-    running.send_signal(signal.SIGINT)
+    site.run("scancel --user=usera")
     running.communicate(timeout=60)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import signal
 import subprocess
 
@@ -66,9 +67,18 @@ def test_a_job_id_given_again_brings_no_network_along(idle: Cluster, image: str)
     assert devices.split() == ["lo"], "the old network is still there for the new user's steps"
 
 
-def test_an_error_about_a_huge_option_arrives(usera: Run, image: str) -> None:
-    """Escaped, the option is larger than a packet; the user was told that the agent had ended."""
-    failed = usera(["srun", f"--container-image={image}", "--container-mounts=" + "\x01" * 60000 + ":/x", "true"])
+def test_an_error_about_a_huge_option_arrives(idle: Cluster, image: str) -> None:
+    """Escaped, the option is larger than a packet; the user was told that the agent had ended.
+
+    srun refuses it itself, so a user has to write it where srun's options travel.
+    """
+    huge = "\x01" * 60000 + ":/x"
+    words = ["srun", "-w", "n1", f"--container-image={image}"]
+    failed = idle.run([*words, f"--container-mounts={huge}", "true"], "usera")
+    assert failed.returncode != 0
+    assert re.search(r"^srun: error: enclos: --container-mounts=\?{200,255}…: \S", failed.stderr, re.MULTILINE)
+    smuggled = {"_SLURM_SPANK_OPTION_enclos_container_mounts": huge}
+    failed = idle.run([*words, "true"], "usera", env=smuggled)
     assert failed.returncode != 0
     assert r"enclos: --container-mounts=\x01\x01" in failed.stderr
 
