@@ -121,9 +121,8 @@ def test_an_image_comes_and_srun_tells(site: Cluster) -> None:
     done = site.run(words, user="usera")
     assert done.stdout.split() == ["firstfirst", "firstfirst"], done.stderr
     told = said(done.stderr)
-    # How far it is depends on when the first task asks.
-    assert any(line.startswith(f"enclos: importing {reference}") for line in told)
-    assert sum(line.startswith(f"enclos: imported {reference} in ") for line in told) == 2
+    # A node that was done before its task asked has nothing to tell any more.
+    assert any(line.startswith(f"enclos: imported {reference} in ") for line in told)
     assert lines(site, rf"image={re.escape(reference)}@{digest} ", "n1") and lines(site, digest, "n2")
     again = site.run(["srun", "-N2", f"--container-image={reference}", "true"], user="userb")
     assert (again.returncode, said(again.stderr)) == (0, [])
