@@ -174,9 +174,7 @@ def _check_size(reference: Reference, found: Manifest, limit_bytes: int) -> None
         raise errors.image_too_large(reference.text, f"{total} bytes to download", "imports.limit_bytes")
 
 
-def _download(
-    channel: socket.socket, reference: Reference, layers: Sequence[LayerInfo], config: LayerInfo
-) -> None:
+def _download(channel: socket.socket, reference: Reference, layers: Sequence[LayerInfo], config: LayerInfo) -> None:
     os.makedirs(BLOBS, 0o700, exist_ok=True)
     wanted = {layer.digest.partition(":")[2]: layer.bytes for layer in (*layers, config)}
     _clear(wanted)
@@ -228,14 +226,38 @@ def _tell(channel: socket.socket, wanted: dict[str, int], told: set[str]) -> Non
 
 
 def _read_config(reference: Reference, config: LayerInfo) -> str:
-    with open(f"{BLOBS}/{config.digest.partition(':')[2]}", "rb") as file:
-        data = file.read(manifest.MANIFEST_LIMIT_BYTES)
-    if manifest.digest_of(data) != config.digest:
-        raise errors.image_digest_mismatch(reference.text, config.digest, manifest.digest_of(data))
     try:
+        digest = config.digest
+        if not os.path.exists(_blob_path(digest)):
+            digest = _converted_config()
+        data = _read_blob(digest)
+        if manifest.digest_of(data) != digest:
+            raise errors.image_digest_mismatch(reference.text, digest, manifest.digest_of(data))
         return manifest.configuration(data)
     except BadManifest as error:
         raise errors.image_bad_manifest(reference.text, str(error)) from error
+
+
+def _converted_config() -> str:
+    """The digest of the configuration in the layout, where Docker's schema 2 gave skopeo reason to write a new one.
+
+    It has compared the one that it made it of with the digest in the image's manifest.
+    """
+    with open(f"{WORK}/index.json", "rb") as file:
+        entry = json.load(file)["manifests"][-1]  # One: skopeo replaces that of its name.
+    found = manifest.parse(_read_blob(entry["digest"]))
+    if isinstance(found, list):
+        raise BadManifest("its index names another index")
+    return found.config.digest
+
+
+def _read_blob(digest: str) -> bytes:
+    with open(_blob_path(digest), "rb") as file:
+        return file.read(manifest.MANIFEST_LIMIT_BYTES)
+
+
+def _blob_path(digest: str) -> str:
+    return f"{BLOBS}/{digest.partition(':')[2]}"
 
 
 # --- skopeo ----------------------------------------------------------------------------------------------------------

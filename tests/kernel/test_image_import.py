@@ -74,7 +74,8 @@ def store(tmp_path: Path) -> Store:
 class Import:
     """One importer, seen as the agent sees it."""
 
-    def __init__(self, image: str, store: Store, **changes: object) -> None:
+    def __init__(self, image: str, store: Store, *, policy: Path | None = None, **changes: object) -> None:
+        """`policy`: a policy.json that is the node's for this importer alone."""
         values: dict[str, object] = {
             "image": image,
             "default_registry": "",
@@ -96,6 +97,9 @@ class Import:
         os.write(order_fd, protocol.encode(order.fields()))
         code = "from enclos.runtime.images.importer import main; main()"
         command = [sys.executable, "-c", code, str(theirs.fileno()), str(order_fd)]
+        if policy is not None:
+            over = f'mount --bind {policy} /etc/containers/policy.json && exec "$@"'
+            command = ["unshare", "--mount", "sh", "-c", over, "sh", *command]
         self.process = subprocess.Popen(command, pass_fds=[theirs.fileno(), order_fd], stderr=subprocess.PIPE)
         theirs.close()
         os.close(order_fd)
@@ -222,6 +226,51 @@ def test_layers_that_need_those_below_are_merged_with_them(registry: Registry, s
     with mounted([Path(store.part_path(keys[-1]))], tmp_path) as root:
         assert listing(root) == listing(umoci_unpack(tmp_path / "layout", tmp_path / "bundle"))
         assert (root / "tmp").stat().st_mode & 0o7777 == 0o1777 and (root / "usr/lib/y").exists()
+
+
+@pytest.mark.parametrize("whole", [False, True])
+def test_a_manifest_of_docker(registry: Registry, store: Store, tmp_path: Path, whole: bool) -> None:
+    """Schema 2, as docker pushes it; skopeo writes another manifest and configuration for the layout on disk."""
+    write_layout(tmp_path / "layout", LAYERS, config={"Env": ["A=1"], "WorkingDir": "/etc", "Cmd": ["sh"]})
+    address = f"docker://{registry.address}/schema2:t"
+    copy = ["skopeo", "copy", "-q", "--format", "v2s2", "--dest-tls-verify=false", f"oci:{tmp_path}/layout:t", address]
+    subprocess.run(copy, check=True, capture_output=True)
+    shown = ["skopeo", "inspect", "--raw", "--tls-verify=false", address]
+    raw = subprocess.run(shown, check=True, capture_output=True).stdout
+    assert json.loads(raw)["mediaType"] == "application/vnd.docker.distribution.manifest.v2+json"
+    keys, message = imported(address, store, whole=whole)
+    assert json.loads(message["config"][0]) == {"Env": ["A=1"], "WorkingDir": "/etc", "Cmd": ["sh"]}
+    assert len(keys) == (1 if whole else 2)
+    assert left(store)["work"] == []
+
+
+def test_a_mirror_of_the_site(registry: Registry, store: Store, tmp_path: Path) -> None:
+    """registries.conf says where a registry's images are; the reference stays as its user wrote it."""
+    write_layout(tmp_path / "layout", LAYERS[:1])
+    registry.push(tmp_path / "layout", "mirrored")
+    conf = Path(f"/etc/containers/registries.conf.d/enclos-mirror-{os.getpid()}.conf")
+    conf.write_text(
+        f'[[registry]]\nlocation = "upstream.invalid"\n'
+        f'[[registry.mirror]]\nlocation = "{registry.address}"\ninsecure = true\n'
+    )
+    try:
+        imported("docker://upstream.invalid/mirrored:t", store)
+    finally:
+        conf.unlink()
+
+
+SIGNED = {"type": "signedBy", "keyType": "GPGKeys", "keyPath": "/dev/null"}
+
+
+@pytest.mark.parametrize("rule", [{"type": "reject"}, SIGNED], ids=["none at all", "unsigned"])
+def test_a_policy_that_wants_signatures(registry: Registry, store: Store, tmp_path: Path, rule: dict[str, str]) -> None:
+    write_layout(tmp_path / "layout", LAYERS[:1])
+    registry.push(tmp_path / "layout", "unsigned")
+    (tmp_path / "policy.json").write_text(json.dumps({"default": [rule]}))
+    image = f"docker://{registry.address}/unsigned:t"
+    words = "image is rejected by the policy of this site (/etc/containers/policy.json)"
+    assert Import(image, store, policy=tmp_path / "policy.json").error() == words
+    assert left(store) == {"images": [], "parts": [], "work": []}
 
 
 def test_an_index_gives_the_image_of_this_machine(registry: Registry, store: Store, tmp_path: Path) -> None:
