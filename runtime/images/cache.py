@@ -156,7 +156,7 @@ class Cache:
 
     def _remove_work(self, working: set[str]) -> None:
         for name in os.listdir(f"{self.store.directory}/work"):
-            if f"sha256:{name}" not in working:
+            if f"sha256:{name.partition('.')[0]}" not in working:
                 shutil.rmtree(f"{self.store.directory}/work/{name}", ignore_errors=True)
 
     def keep_parts(self, keys: Iterable[str]) -> None:

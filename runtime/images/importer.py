@@ -259,7 +259,7 @@ class Importer:
         self._prepare_work(resolved, needed)
         largest = max([layer.bytes for layer in resolved.layers], default=0)
         job = fetch.job_download(self._reference, credentials, resolved.digest, resolved.layers, resolved.config)
-        work = self._store.work_path(resolved.digest)
+        work = self._store.work_path(resolved.digest, self._order.uid)
         fetcher = self._start("fetch", job, self._fetch_rights(largest + (1 << 20)), work, credentials.fds)
 
 
@@ -283,7 +283,7 @@ class Importer:
 
     def _prepare_work(self, resolved: Resolved, needed: set[str]) -> None:
         """The work directory, the slot's now. An empty file stands for a layer that need not be fetched (fetch.py)."""
-        work = self._store.work_path(resolved.digest)
+        work = self._store.work_path(resolved.digest, self._order.uid)
         blobs = f"{work}/blobs/sha256"
         os.makedirs(blobs, 0o700, exist_ok=True)
         for layer in resolved.layers:
@@ -298,7 +298,7 @@ class Importer:
 
     def _remove_work(self, resolved: Resolved) -> None:
         # rmtree() of this Python does not follow symlinks that appear, and nobody is left to make some.
-        shutil.rmtree(self._store.work_path(resolved.digest), ignore_errors=True)
+        shutil.rmtree(self._store.work_path(resolved.digest, self._order.uid), ignore_errors=True)
 
     # --- sandboxes --------------------------------------------------------------------------------------------
 

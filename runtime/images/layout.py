@@ -8,7 +8,8 @@ of `ImageRecord.parts`, the first one lowest, and reads `ImageRecord.config`.
     STORE/                       0700, root's (a user's store: the user's)
         images/HEX.json          one ImageRecord, by the digest that was asked for (a manifest's or an index's)
         parts/KEY.sqsh           0444: adjacent layers as one squashfs; parts are shared by images
-        work/HEX/                blobs of an import under way, kept after an interrupted one so that it resumes
+        work/HEX.UID/            blobs of a user's import under way, kept after an interrupted one so that it resumes
+        work/HEX/                the same of root's, and in a user's store
 
 Every file appears by link or rename when it is complete and on disk; whatever is not named by a record may be removed.
 A part holds whiteouts as 0/0 character devices and opaque directories as `user.overlay.opaque`, for an overlay that is
@@ -105,8 +106,9 @@ class Store:
     def part_path(self, key: str) -> str:
         return f"{self.directory}/parts/{key}.sqsh"
 
-    def work_path(self, digest: str) -> str:
-        return f"{self.directory}/work/{hex_of(digest)}"
+    def work_path(self, digest: str, uid: int = 0) -> str:
+        """Each user's own: what one has fetched of a private image would be another's otherwise."""
+        return f"{self.directory}/work/{hex_of(digest)}" + (f".{uid}" if uid else "")
 
     def record_path(self, digest: str) -> str:
         return f"{self.directory}/images/{hex_of(digest)}.json"

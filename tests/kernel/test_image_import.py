@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import http.server
 import json
 import os
 import re
@@ -74,8 +75,9 @@ def store(tmp_path: Path) -> Store:
 class Import:
     """One importer, seen as the agent sees it."""
 
-    def __init__(self, image: str, store: Store, *, policy: Path | None = None, **changes: object) -> None:
+    def __init__(self, image: str, store: Store, **changes: object) -> None:
         """`policy`: a policy.json that is the node's for this importer alone."""
+        policy = changes.pop("policy", None)
         values: dict[str, object] = {
             "image": image,
             "default_registry": "",
@@ -495,6 +497,76 @@ def test_a_killed_import_leaves_nothing_but_layers_and_resumes(
         path.unlink()
     imported(image, store)
     assert left(store)["work"] == []
+
+
+def test_what_one_user_fetched_is_not_given_to_another(
+    private: Registry, store: Store, tmp_path: Path, home: Path
+) -> None:
+    """An import with credentials is interrupted; a registry of somebody else's has all but the layers."""
+    write_layout(tmp_path / "layout", [LAYERS[0], layer([Entry("own", data=os.urandom(30 << 20))])])
+    private.push(tmp_path / "layout", "secret")
+    (home / "auth.json").write_text(private.auth_json())
+    (home / "auth.json").chmod(0o644)
+    running = Import(f"docker://{private.address}/secret:t", store, auth_files=(str(home / "auth.json"),))
+    running.receive()
+    running.go()
+    digest = index_of(tmp_path / "layout")
+    manifest = blob(tmp_path / "layout", digest)
+    described = json.loads(manifest)
+    blobs = [row["digest"][7:] for row in (*described["layers"], described["config"])]
+    fetched: dict[str, bytes] = {}
+    while message := running.receive_or_look(0.001):
+        for path in Path(store.directory).glob("work/*/blobs/sha256/*"):
+            with contextlib.suppress(FileNotFoundError):
+                fetched[path.name] = path.read_bytes()
+        if message["state"] == ["done"]:
+            break
+    running.end()
+    assert set(blobs) <= set(fetched)
+    # As an interrupted import leaves it.
+    work = Path(store.work_path(digest, USER), "blobs/sha256")
+    work.mkdir(parents=True)
+    for name in blobs:
+        (work / name).write_bytes(fetched[name])
+    with liar(manifest, {blobs[-1]: fetched[blobs[-1]]}) as address:
+        image = f"docker://{address}/secret@{digest}"
+        said = Import(image, store, uid=USER + 1, gid=USER + 1).error()
+        assert said == f"image not found (the registry {address} has no such name or tag)"
+        imported(image, store)  # The same registry would do, with what is there.
+
+
+@contextlib.contextmanager
+def liar(manifest: bytes, blobs: dict[str, bytes]) -> Iterator[str]:
+    """A registry that has a manifest, and not all that is named in it."""
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            data = blobs.get(self.path.rpartition(":")[2]) if "/blobs/" in self.path else manifest
+            self.send_response(404 if data is None else 200)
+            self.send_header("Content-Type", "application/vnd.oci.image.manifest.v1+json")
+            self.send_header("Content-Length", str(len(data or b"")))
+            self.end_headers()
+            if self.command == "GET":
+                self.wfile.write(data or b"")
+
+        do_HEAD = do_GET
+
+        def log_message(self, *arguments: object) -> None:
+            pass
+
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    address = f"127.0.0.1:{server.server_port}"
+    conf = Path(f"/etc/containers/registries.conf.d/enclos-test-liar-{os.getpid()}.conf")
+    conf.write_text(f'[[registry]]\nlocation = "{address}"\ninsecure = true\n')
+    thread = threading.Thread(target=server.serve_forever)
+    thread.start()
+    try:
+        yield address
+    finally:
+        conf.unlink()
+        server.shutdown()
+        thread.join()
+        server.server_close()
 
 
 def test_a_full_disk(registry: Registry, tmp_path: Path) -> None:
