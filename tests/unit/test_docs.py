@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from enclos.runtime import daemon
 from enclos.runtime.cli.main import VERBS
+from enclos.runtime.cluster.main import VERBS as CLUSTER_VERBS
 from enclos.runtime.settings import OPTIONS, rows
 
 ROOT = Path(__file__).parent.parent.parent
@@ -88,11 +89,58 @@ def test_the_user_guide_names_each_option() -> None:
 
 @page
 def test_options_that_are_named_exist(page: Path) -> None:
-    """But those of pyxis' that the page says are not there."""
     known = {option.name for option in OPTIONS}
-    absent = {"container-name", "container-save", "container-entrypoint"}
     named = set(re.findall(r"--((?:no-)?container-[a-z-]*[a-z])", page.read_text()))
-    assert named <= known | absent, f"{page.name}: {sorted(named - known - absent)}"
+    assert named <= known, f"{page.name}: {sorted(named - known)}"
+
+
+@page
+def test_a_page_begins_with_something_to_paste(page: Path) -> None:
+    """But for what is looked up."""
+    if page.name not in {"CHANGELOG.md", "errors.md", "mpi-matrix.md", "protocol.md"}:
+        assert "```" in page.read_text().split("\n## ")[0], page.name
+
+
+@page
+def test_headings_stand_alone(page: Path) -> None:
+    """A section that was added at the end of another one without a blank line is no heading for some readers."""
+    prose = re.sub(r"```.*?```", "", page.read_text(), flags=re.DOTALL)
+    assert re.findall(r"[^\n]\n#+ .*", re.sub(r"<!--.*?-->\n", "\n", prose)) == []
+    assert re.findall(r"^(?:<{7}|={7}|>{7})(?: .*)?$", prose, re.MULTILINE) == []
+
+
+@page
+def test_commands_that_are_shown_exist(page: Path) -> None:
+    """Verbs of enclos, of `enclos image` and of enclos-cluster, in what is there to paste."""
+    code = "\n".join(re.findall(r"```.*?```", page.read_text(), re.DOTALL))
+    images = set(re.findall(r"^\\fBimage (\w+)\\fR$", (ROOT / "docs/man/enclos.1").read_text(), re.MULTILINE))
+    every = {"enclos": set(VERBS), "enclos image": images, "enclos-cluster": set(CLUSTER_VERBS)}
+    for program, verbs in every.items():
+        shown = set(re.findall(rf"(?:^|bin/|-- ){program} ([a-z-]+)\b(?![.:/])", code, re.MULTILINE))
+        assert shown <= verbs, f"{page.name}: {program} {sorted(shown - verbs)}"
+
+
+def test_the_readme_names_every_verb() -> None:
+    text = (ROOT / "README.md").read_text()
+    assert [verb for verb in VERBS if f"`{verb}`" not in text and f"`enclos {verb}`" not in text] == []
+
+
+def test_the_readme_fits_a_terminal() -> None:
+    prose = re.sub(r"```.*?```", "", (ROOT / "README.md").read_text(), flags=re.DOTALL)
+    assert [line for line in prose.splitlines() if len(line) > 124] == []
+
+
+def test_what_is_installed_is_removed() -> None:
+    """Each file below the prefix is in the admin guide's commands that remove Enclos."""
+    guide = (ROOT / "docs/admin-guide.md").read_text()
+    removal = guide[guide.index("\n## Remove\n") :].split("```")[1]
+    pages = {f"share/man/man{path.suffix[1:]}/{path.name}" for path in MANUAL}
+    made = {"bin/enclos", "bin/enclosd", "bin/enclos-cluster", "lib/enclos", "lib/systemd/system/enclosd.service"}
+    completion = {"share/bash-completion/completions/enclos", "share/zsh/site-functions/_enclos"}
+    assert pages | made | completion <= set(removal.split())
+    recipe = (ROOT / "Makefile").read_text().split("\ninstall:")[1].split("\n\n")[0]
+    installed = set(re.findall(r"\$\(prefix\)/((?:share|lib)/[\w/.-]+)", recipe))
+    assert installed == {"share/bash-completion/completions/enclos", "share/zsh/site-functions"}
 
 
 def manual(name: str) -> str:
