@@ -542,7 +542,9 @@ OPTIONS: tuple[Option, ...] = (
         "It can be used as --container-image. What is mounted is not saved, nor what is in /proc, /sys, /dev, "
         "/tmp and /run. PATH is on the compute node, opened with your rights, and appears when the file is "
         "whole; ./PATH starts at the step's working directory. If it cannot be saved the step fails. A step "
-        "that is killed is not saved. With several nodes each saves its own to that path, and the last one stays.",
+        "that is cancelled or out of time is saved if that is done within KillWait of slurm.conf. One that is killed "
+        "is not, nor one whose program is killed by SIGKILL or ends with status 137, as a shell does then. With "
+        "several nodes each saves its own to that path, and the last one stays.",
         checks=early.SAVE,
     ),
     option(

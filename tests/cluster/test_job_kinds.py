@@ -1,7 +1,8 @@
-"""Kinds of jobs that make one of many: arrays and heterogeneous jobs, each part with containers of its own."""
+"""Kinds of jobs that are more than one: arrays, heterogeneous jobs, and those that run again."""
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 
 import pytest
@@ -49,3 +50,45 @@ def test_parts_of_a_heterogeneous_job(make_cluster: Callable[..., Cluster]) -> N
     assert sorted(done.stdout.splitlines()) == [
         "both n1 enclos0 lo", "both n2 enclos0 lo", "first n1 0", "second n2 61001",
     ]  # fmt: skip
+
+
+@pytest.mark.parametrize("how", ["requeue", "down"])
+def test_a_job_that_runs_again_begins_with_nothing(fragile: Cluster, how: str) -> None:
+    """It has the same ids: what its first run left (a named container, a network) is gone, and all is made anew."""
+    fragile.await_idle()
+    shared = fragile.layout.shared
+    shared.chmod(0o1777)
+    for name in ("up", "again"):
+        (shared / name).unlink(missing_ok=True)
+    step = f"srun -N2 -n2 {IMAGE} --container-name=w --container-network=job --container-mounts=/shared sh -c"
+    script = f"""
+        [ -e /shared/up ] && exec >> /shared/again 2>&1
+        {step} 'echo $(hostname) $(cat /opt/n 2>/dev/null || echo fresh) $(ls /sys/class/net); echo used > /opt/n'
+        {step} 'cat /opt/n'
+        [ -e /shared/again ] || {{ {step} 'echo > /shared/up; sleep 300'; }}"""
+    words = ["sbatch", "--parsable", "--requeue", "-N2", "-n2", "-o", "/shared/requeue.out", "--wrap", script]
+    job = fragile.run(words, "usera", cwd="/shared").stdout.strip()
+    _await((shared / "up").exists)
+    if how == "requeue":
+        fragile.run(f"scontrol requeue {job}")
+    else:
+        fragile.run("scontrol update NodeName=n2 State=DOWN Reason=test")
+        fragile.run("scontrol update NodeName=n2 State=RESUME")
+
+    def is_over() -> bool:
+        # It would wait for two minutes, until no credential of its first run counts any more.
+        fragile.run(f"scontrol update JobId={job} StartTime=now")
+        state = fragile.run(f"scontrol -o show job {job}").stdout
+        return "JobState=COMPLETED" in state and "Restarts=1" in state
+
+    _await(is_over)
+    rows = (shared / "again").read_text().splitlines()
+    fragile.await_idle()
+    assert sorted(rows) == ["n1 fresh enclos0 lo", "n2 fresh enclos0 lo", "used", "used"]
+
+
+def _await(happens: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 60
+    while not happens():
+        assert time.monotonic() < deadline
+        time.sleep(0.2)

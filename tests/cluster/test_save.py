@@ -141,6 +141,26 @@ def test_a_step_that_is_killed_is_not_saved(idle: Cluster, leftovers: Leftovers,
     assert list(shared.iterdir()) == []
 
 
+@pytest.mark.parametrize(
+    ("end", "status", "saved"), [("kill -9 $$", 137, 0), ("exit 137", 137, 0), ("kill -15 $$", 143, 1)]
+)
+def test_a_program_that_is_killed(idle: Cluster, shared: Path, end: str, status: int, saved: int) -> None:
+    """By SIGKILL: nothing tells that from the end of the step, as a shell's report of it."""
+    done = idle.run(["srun", "-w", "n1", IMAGE, "--container-save=/shared/saved/x.sqsh", "sh", "-c", end], "usera")
+    assert (done.returncode, len(list(shared.iterdir()))) == (status, saved), done.stderr
+    assert done.stderr.count("enclos: saved the container") == saved
+
+
+def test_of_several_nodes_the_last_one_stays(idle: Cluster, shared: Path) -> None:
+    words = ["srun", "-w", "n1,n2", "-n2", IMAGE, "--container-save=/shared/saved/x.sqsh", "sh", "-c"]
+    done = idle.run([*words, "hostname > /opt/node; [ $SLURM_NODEID = 0 ] || sleep 2"], "usera")
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count("enclos: saved the container") == 2
+    assert [file.name for file in shared.iterdir()] == ["x.sqsh"]
+    read = ["srun", "-w", "n1", "--container-image=/shared/saved/x.sqsh", "cat", "/opt/node"]
+    assert idle.run(read, "usera").stdout == "n2\n"
+
+
 def test_a_saver_that_is_killed(idle: Cluster, leftovers: Leftovers, shared: Path) -> None:
     """It is tried again; in the end it is an error, and no half of a file is there."""
     words = ["srun", "-w", "n1", IMAGE, "--container-save=/shared/saved/x.sqsh", "sh", "-c",
