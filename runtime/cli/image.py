@@ -38,8 +38,9 @@ def run(arguments: list[str]) -> int:
         run_verb: Callable[[Work], int] = given.run
         return run_verb(work)
     except errors.EnclosError as error:
-        # Written for srun, where an image is an option's value; here it is an argument.
-        error.subject = error.subject.removeprefix("--container-image=")
+        # Worded for srun, where an image is an option's value; here it is an argument. But srun itself asks by `resolve`.
+        if given.run is not _resolve:
+            error.subject = error.subject.removeprefix("--container-image=")
         raise
     except OSError as error:
         raise errors.store_unusable(work.places.own or str(error.filename), error.errno or 0) from error

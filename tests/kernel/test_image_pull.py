@@ -146,6 +146,8 @@ def test_pull_and_what_is_there_then(caller: Caller, registry: Registry) -> None
         (("import", "none.sqsh", "small:t"), "none.sqsh: the file cannot be used (no such file or directory)"),
         (("import", "/etc/hostname", "/small"), "/small: no such kind of image (it must be a name, as docker://"),
         (("pull", "./small"), "./small: no such kind of image (only images of registries can be pulled)"),
+        # This one srun asks for its user, who typed the option.
+        (("resolve", "./small"), "--container-image=./small: no such kind of image (only images of registries have"),
     ],
 )
 def test_an_argument_is_named_as_it_was_typed(caller: Caller, words: tuple[str, ...], line: str) -> None:
