@@ -15,7 +15,7 @@ import socket
 import time
 from typing import Any
 
-from enclos.runtime import errors, protocol, request, stepd
+from enclos.runtime import errors, protocol, request, sessions, stepd
 from enclos.runtime.building import NodeStep
 from enclos.runtime.connection import Connection
 from enclos.runtime.controller import JobFacts
@@ -61,6 +61,7 @@ class Agent:
         self._watchers: set[asyncio.Task[None]] = set()
         self._spare_order: asyncio.TimerHandle | None = None
         self._prefetch = Prefetch(around)
+        self._sessions = sessions.Sessions(around)
         around.named.find_step = lambda job, step: self._steps.get((job, step))
 
     # --- the shim ---------------------------------------------------------------------------------------------
@@ -101,6 +102,12 @@ class Agent:
                     return [("status", "ok"), *self._task_exited(message, connection)], []
                 case "ps" | "status" | "gc" | "rm":
                     return await self._answer_user(message, 0), []
+                case "exec":
+                    reply, fds = await self._enter(message, 0)
+                    if fds:
+                        # The reply is sent before the event loop does anything else.
+                        asyncio.get_running_loop().call_soon(os.close, fds[0])
+                    return reply, fds
                 case verb:
                     raise errors.bad_request(f"verb={verb[:32]}")
         except errors.EnclosError as error:
@@ -242,16 +249,55 @@ class Agent:
 
     async def _answer_visitors(self, desk: Child) -> None:
         """Raises ChildDied when that process has ended."""
-        while True:
-            with await desk.receive() as message:
-                fields = message.values.items()
-                asked = {key[len(PREFIX) :]: values for key, values in fields if key.startswith(PREFIX)}
-                reply = await self._answer_user(protocol.Message(asked), message.number("uid"))
-                named = [("id", message.get("id")), ("version", str(protocol.VERSION)), *reply]
-            if not await desk.channel.deliver(named):
-                raise ChildDied
-            # Steps come first, however fast users ask.
-            await asyncio.sleep(0)
+        turn = asyncio.Lock()
+        entering: set[asyncio.Task[bool]] = set()
+
+        async def reply(ident: str, fields: list[tuple[str, str]], fds: list[int]) -> bool:
+            async with turn:
+                named = [("id", ident), ("version", str(protocol.VERSION)), *fields]
+                return await desk.channel.deliver(named, fds)
+
+        async def enter(ident: str, asked: protocol.Message, uid: int) -> bool:
+            fields, fds = await self._enter(asked, uid)
+            try:
+                return await reply(ident, fields, fds)
+            finally:
+                for fd in fds:
+                    os.close(fd)
+
+        try:
+            while True:
+                with await desk.receive() as message:
+                    fields = message.values.items()
+                    ident, uid = message.get("id"), message.number("uid")
+                    asked = {key[len(PREFIX) :]: values for key, values in fields if key.startswith(PREFIX)}
+                question = protocol.Message(asked)
+                if question.get("verb") == "exec":
+                    # The user may make it last (he can stop the process that enters): nobody else waits.
+                    task = asyncio.create_task(enter(ident, question, uid))
+                    entering.add(task)
+                    task.add_done_callback(entering.discard)
+                elif not await reply(ident, await self._answer_user(question, uid), []):
+                    raise ChildDied
+                # Steps come first, however fast users ask.
+                await asyncio.sleep(0)
+        finally:
+            for task in entering:
+                task.cancel()
+
+    async def _enter(self, message: protocol.Message, uid: int) -> tuple[list[tuple[str, str]], list[int]]:
+        """A process in a container of the user's (of anybody's for root): its socket, which the caller closes."""
+        try:
+            _check_version(message)
+            step = sessions.find(self._steps, uid, message)
+            return [("status", "ok"), ("step", step.name)], [await self._sessions.enter(step, uid)]
+        except errors.EnclosError as error:
+            return self._refusal(error), []
+        except (protocol.ProtocolError, ValueError) as error:
+            return self._refusal(errors.bad_request(str(error))), []
+        except Exception:
+            log.exception("exec failed")
+            return self._refusal(errors.build_failed("(see the agent's log)", 0)), []
 
     async def _answer_user(self, message: protocol.Message, uid: int) -> list[tuple[str, str]]:
         try:

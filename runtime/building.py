@@ -45,6 +45,8 @@ log = logging.getLogger("enclosd")
 ATTEMPTS = 2
 # Of what a user wrote, which comes back to him in one packet with everything else.
 NOTICE_CHARACTERS = 1000
+# Of the reply to a task, what a program that enters later needs as well.
+ENTERING = ("set", "default", "unset", "keep_caps", "workdir")
 
 # What container root may do to the files and processes of its own container: nothing here reaches further than
 # the user namespace, and mounting (CAP_SYS_ADMIN) is not among it.
@@ -410,9 +412,10 @@ class NodeStep(Step):
                     await self._build_late()
                     if self._saving is not None:
                         await self._saving.check()
-                self._become_joinable()
+                reply = self._make_reply()
+                self._become_joinable(reply)
                 self._log_ready(attempt)
-                return self._make_reply()
+                return reply
             except (ChildDied, TimeoutError) as error:
                 self._early = None
                 self._abandon()
@@ -437,17 +440,23 @@ class NodeStep(Step):
         await asyncio.wait([turn, self._early], return_when=asyncio.FIRST_COMPLETED)
         turn.cancel()
 
-    def _become_joinable(self) -> None:
-        """The container is whole: also other steps may enter it now."""
+    def _become_joinable(self, reply: JoinReply) -> None:
+        """The container is whole: also other steps and programs may enter it now."""
         assert self.container is not None and self._decision is not None
         decision = self._decision
         self.record |= {key: getattr(decision, key) for key in ("remap_root", "mount_home", "writable")}
         self.record["environment"] = self.container.environment
+        self.record["entering"] = self._entering(reply)
         self._set_state("running")
         self.share(self.container.namespaces["user"])
         if self._turn is not None:
             self._around.named.built(self._turn, self, self.container.image_key or str(self.record.get("digest", "")))
             self._turn = None
+
+    def _entering(self, reply: JoinReply) -> list[tuple[str, str]]:
+        """What makes a process (entering.py) what the step's tasks are, also for an agent after this one."""
+        ids = [("gid", str(self.request.gid)), *(("group", str(group)) for group in self.request.groups)]
+        return ids + [(key, value) for key, value in reply.fields if key in ENTERING]
 
     def _fail(self) -> None:
         self._abandon()

@@ -296,6 +296,21 @@ def enter(directory: str, pid: int) -> None:
     _write(f"{directory}/cgroup.procs", str(pid))
 
 
+def place_for_more(directory: str) -> str | None:
+    """Where in a step's cgroup one more process may sit; "" for a step that has none, None if there is no place.
+
+    Below Slurm's it is the cgroup of a task: Slurm ends what is in it with the step, and removes it. A directory of
+    ours beside it would be in Slurm's way, and in the step's own no process may sit.
+    """
+    if not directory or is_own(directory):
+        return directory
+    try:
+        names = [name for name in os.listdir(directory) if name.startswith("task_") and name[5:].isdigit()]
+    except OSError:
+        return None
+    return f"{directory}/{min(names, key=lambda name: int(name[5:]))}" if names else None
+
+
 def is_own(directory: str) -> bool:
     return directory.startswith(f"{OWN_TREE}/")
 

@@ -53,11 +53,11 @@ class Connection:
             return False
         return True
 
-    async def deliver(self, fields: protocol.Fields) -> bool:
+    async def deliver(self, fields: protocol.Fields, fds: Sequence[int] = ()) -> bool:
         """Send, waiting while the peer's queue is full; False when the peer is gone."""
         while True:
             try:
-                protocol.send(self._socket, fields)
+                protocol.send(self._socket, fields, fds)
             except BlockingIOError:
                 await _wait_writable(self._socket.fileno())
             except ConnectionError:

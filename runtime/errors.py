@@ -781,6 +781,64 @@ def named_not_there(name: str) -> EnclosError:
     )
 
 
+def exec_no_container(name: str) -> EnclosError:
+    """Not there, or another user's, or without a container: the same words, so that nothing leaks."""
+    return UserError(
+        name, "you have no container of this name here", hint="'enclos ps' on the node where it runs shows yours"
+    )
+
+
+def exec_several(job: str, names: Sequence[str]) -> EnclosError:
+    """Which one?"""
+    return UserError(job, "the job has several containers here", ", ".join(names), "name one of them")
+
+
+def exec_building(name: str) -> EnclosError:
+    """Nobody is in yet."""
+    return UserError(
+        name, "the container is not ready, or cannot be entered any more", hint="'enclos ps' shows its state"
+    )
+
+
+def exec_too_many(name: str, limit: int) -> EnclosError:
+    """A bound of what one user may hold."""
+    return UserError(
+        name, f"you have {limit} programs of 'enclos exec' on this node, or too many are starting", hint="end some"
+    )
+
+
+def exec_failed(name: str, cause: str) -> EnclosError:
+    """The kernel or the record is in the way."""
+    return AdminError(
+        name,
+        "the container cannot be entered",
+        cause,
+        "srun --overlap with --container-name=JOB.STEP does the same; " + ADMIN + "journalctl -u enclosd",
+    )
+
+
+def exec_ended(name: str) -> EnclosError:
+    """Its step ended, or somebody killed what waited for the program."""
+    return UserError(name, "the program was ended, possibly with its step", hint="'enclos ps' shows what runs")
+
+
+def exec_too_large(number: int) -> EnclosError:
+    """Command and environment do not fit into a packet."""
+    return UserError(
+        "enclos exec", f"command and environment are larger than {number} bytes", hint="begin with env -i"
+    )
+
+
+def exec_not_found(command: str) -> EnclosError:
+    """In the container; srun's tasks say the same."""
+    return UserError(command, "command not found in the container", hint="it is looked for along the PATH inside")
+
+
+def exec_not_run(command: str, number: int) -> EnclosError:
+    """It is there."""
+    return UserError(command, "cannot be run in the container", reason(number), "is it a program for this machine?")
+
+
 def named_lost(name: str) -> EnclosError:
     """Its record is there and its files are not."""
     return AdminError(

@@ -34,7 +34,7 @@ log = logging.getLogger("enclosd")
 # Of a step's record: not for people.
 HIDDEN = (
     *("stepd_start", "namespaces", "netns", "server", "limits"),
-    *("named", "remap_root", "mount_home", "gpus", "environment"),
+    *("named", "remap_root", "mount_home", "gpus", "environment", "entering"),
 )
 
 SWEEPS = 5

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 # operations: a plan is made of them, and a builder that had to import them would spend 20 ms on it.
-from enclos.runtime import builder, operations, relays, spare, sweep, visitors
+from enclos.runtime import builder, entering, operations, relays, spare, sweep, visitors
 from enclos.runtime.images import importing, lookup, packing, server
 from enclos.runtime.operations import kept
 from enclos.runtime.protocol import Message
@@ -34,6 +34,7 @@ TASKS = {
         Task("spare", spare.run, True),
         Task("relay", relays.run, False),
         Task("serve", server.run, False),
+        Task("enter", entering.run, False),
         Task("lookup", lookup.run, True),
         Task("person", lookup.person, True),
         Task("sweep", sweep.run, True),

@@ -8,7 +8,7 @@ user can hold. Root's commands use the agent's own socket and never depend on it
 Between it and the agent, one packet each way per request:
 
     visitors -> agent   id, uid, and the user's fields with `request.` before their names
-    agent -> visitors   id, and the fields of the reply
+    agent -> visitors   id, and the fields of the reply; perhaps a descriptor, for the user
 """
 
 from __future__ import annotations
@@ -140,14 +140,14 @@ class _Desk:
         with message:
             visitor = self._asked.pop(message.number("id"))
             fields = [(key, value) for key, values in message.values.items() if key != "id" for value in values]
-        fd = visitor.connection.fileno()
-        if fd < 0:
-            return True
-        try:
-            protocol.send(visitor.connection, fields)
-            self._poll.modify(fd, select.EPOLLIN)
-        except OSError:
-            self._dismiss(fd)
+            fd = visitor.connection.fileno()
+            if fd < 0:
+                return True
+            try:
+                protocol.send(visitor.connection, fields, message.fds)
+                self._poll.modify(fd, select.EPOLLIN)
+            except OSError:
+                self._dismiss(fd)
         return True
 
     def _dismiss_idle(self) -> None:

@@ -68,8 +68,14 @@ _enclos()
 	"image")
 		words="pull ls inspect rm gc export import resolve"
 		;;
+	"shell"*)
+		words="--help"
+		;;
 	"check"*)
 		words="--help --json"
+		;;
+	"exec"*)
+		words="--help"
 		;;
 	"top"*)
 		words="--help --json --interval -n --count"
@@ -84,7 +90,7 @@ _enclos()
 		words="--help"
 		;;
 	"")
-		words="ps image top check gc rm render profile config --help --version --debug"
+		words="ps image exec shell top check gc rm render profile config --help --version --debug"
 		;;
 	esac
 	mapfile -t COMPREPLY < <(compgen -W "$words" -- "$current")

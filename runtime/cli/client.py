@@ -17,6 +17,8 @@ from enclos.runtime import errors, protocol
 USER_SOCKET = "/run/enclos/user.sock"
 AGENT_SOCKET = "/run/enclos/agent.sock"
 ANSWER_SECONDS = 5.0
+# More than the agent gives the process that enters.
+ENTER_SECONDS = 9.0
 
 
 def ask(verb: str, path: str = "", *, timeout_seconds: float = ANSWER_SECONDS, **fields: str) -> Any:  # noqa: ANN401  # whatever JSON holds
@@ -28,15 +30,31 @@ def ask(verb: str, path: str = "", *, timeout_seconds: float = ANSWER_SECONDS, *
         EnclosError: agent_not_running, agent_silent, or the agent's own error in its words.
     """
     path = path or (AGENT_SOCKET if os.geteuid() == 0 else USER_SOCKET)
-    value, more = _exchange(path, timeout_seconds, {"verb": verb, **fields})
+    value, more = _page(path, timeout_seconds, {"verb": verb, **fields})
     while more:
-        page, more = _exchange(path, timeout_seconds, {"verb": verb, **fields, "after": more})
+        page, more = _page(path, timeout_seconds, {"verb": verb, **fields, "after": more})
         value += page
     return value
 
 
-def _exchange(path: str, timeout_seconds: float, fields: Mapping[str, str]) -> tuple[Any, str]:
+def enter(job: str, step: str) -> tuple[socket.socket, str]:
+    """A socket to a process in a container, and the step's name; the caller closes it. Raises like `ask`."""
+    path = AGENT_SOCKET if os.geteuid() == 0 else USER_SOCKET
+    with _exchange(path, ENTER_SECONDS, {"verb": "exec", "job": job, "step": step}) as answer:
+        _check(answer)
+        if len(answer.fds) != 1:
+            raise errors.bad_answer("it holds no socket")
+        return socket.socket(fileno=answer.take_fds()[0]), answer.get("step")
+
+
+def _page(path: str, timeout_seconds: float, fields: Mapping[str, str]) -> tuple[Any, str]:
     """One request: the JSON of the answer, and where a list goes on, or ""."""
+    with _exchange(path, timeout_seconds, fields) as answer:
+        return _value(answer), answer.get("more")
+
+
+def _exchange(path: str, timeout_seconds: float, fields: Mapping[str, str]) -> protocol.Message:
+    """One request and its answer, which the caller closes."""
     with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_CLOEXEC) as connection:
         connection.settimeout(timeout_seconds)
         try:
@@ -51,13 +69,16 @@ def _exchange(path: str, timeout_seconds: float, fields: Mapping[str, str]) -> t
             raise errors.bad_answer(str(error)) from error
     if answer is None:
         raise errors.bad_answer("it closed the connection without an answer")
-    with answer:
-        return _value(answer), answer.get("more")
+    return answer
+
+
+def _check(answer: protocol.Message) -> None:
+    if answer.get("status") != "ok":
+        raise errors.EnclosError("", answer.get("text") or "the agent refused", hint=answer.get("hint"))
 
 
 def _value(answer: protocol.Message) -> Any:  # noqa: ANN401
-    if answer.get("status") != "ok":
-        raise errors.EnclosError("", answer.get("text") or "the agent refused", hint=answer.get("hint"))
+    _check(answer)
     try:
         return json.loads(answer.get("json", "null"))
     except ValueError as error:

@@ -18,6 +18,8 @@ from enclos.runtime.errors import EnclosError, UsageError
 VERBS: dict[str, tuple[str, str]] = {
     "ps": ("ps", "list the containers on this node"),
     "image": ("image", "pull, list and remove images: your own and the site's"),
+    "exec": ("exec", "run a command in a running container of yours"),
+    "shell": ("shell", "open a shell in a running container of yours"),
     "top": ("top", "show what the containers on this node use, against their limits"),
     "check": ("check", "test whether this node can run containers, and say what to mend"),
     "gc": ("gc", "undo what ended jobs left on this node (root)"),

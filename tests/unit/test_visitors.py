@@ -99,6 +99,22 @@ def test_the_request_of_one_who_left_is_not_the_next_ones(office: Office) -> Non
     assert office.asked().get("request.verb") == "late"
 
 
+def test_a_descriptor_reaches_who_asked(office: Office) -> None:
+    visitor = office.visit("one")
+    question = office.asked()
+    ours, theirs = socket.socketpair()
+    with ours:
+        with theirs:
+            protocol.send(office.agent, [("id", question.get("id")), ("status", "ok")], [theirs.fileno()])
+        reply = protocol.receive(visitor)
+        assert reply is not None
+        with socket.socket(fileno=reply.take_fds()[0]) as got:
+            ours.send(b"x")
+            assert got.recv(1) == b"x"
+        ours.settimeout(5)
+        assert ours.recv(1) == b"", "somebody else holds it too"
+
+
 def test_a_request_of_many_fields_is_refused(office: Office) -> None:
     visitor = office.visit()
     protocol.send(visitor, [("x", "")] * (REQUEST_FIELDS + 1))

@@ -1,0 +1,284 @@
+"""A program in a container that runs, for `enclos exec`: a fork of the zygote that enters it and starts the program.
+
+It gives up what it is in the order of a task's (spank/join.c): as root the limits, cgroup and network, then the user's
+ids, then the namespaces and capabilities. Only then does it make the socket over which the user's command passes its
+descriptors: nobody but this process, the user's own by now, ever holds or closes them. It outlives the agent, ends with
+its program, and is ended as the program is, with the step.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+import resource
+import select
+import signal
+import socket
+import termios
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import NoReturn
+
+from enclos.runtime import cgroup, errors, linux, protocol
+from enclos.runtime.operations.assembly import forbid_imports
+from enclos.runtime.protocol import Message
+
+NAMESPACES = {
+    "net": linux.CLONE_NEWNET,
+    "user": linux.CLONE_NEWUSER,
+    "mnt": linux.CLONE_NEWNS,
+    "ipc": linux.CLONE_NEWIPC,
+    "uts": linux.CLONE_NEWUTS,
+}
+# Between the agent's answer and the command's first packet.
+PATIENCE_SECONDS = 10.0
+# Between SIGHUP and SIGKILL, when the command has gone.
+GRACE_SECONDS = 2.0
+FILTER_BYTES = 4096 * 8
+STANDARD = 3
+DEFAULT_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
+NOT_FOUND, NOT_RUN = 127, 126
+LIMITS = [getattr(resource, name) for name in sorted(dir(resource)) if name.startswith("RLIMIT_")]
+FORWARDED = (signal.SIGHUP, signal.SIGINT, signal.SIGQUIT, signal.SIGTERM)
+
+
+@dataclass(slots=True)
+class _Program:
+    """What the command asks for."""
+
+    arguments: list[str]
+    variables: dict[str, str]
+    fds: list[int]
+    controls_terminal: bool
+
+
+def run(channel: socket.socket, request: Message) -> int:
+    """The task `enter`: `uid`, `gid`, each `group`, `stepd`, `cgroup`, `keep_caps`, `workdir`, and the environment.
+
+    Its descriptors are named by `fds`: a pidfd of slurmstepd, namespaces, perhaps a system call filter. It answers
+    `ready` with the end of a socket for the command (docs/protocol.md), or `error` with its `cause`.
+    """
+    fds = dict(zip(request.get("fds").split(","), request.take_fds(), strict=True))
+    stepd_fd = fds.pop("stepd")
+    try:
+        _enter(request, fds)
+    except OSError as error:
+        what = error.filename or error.strerror or ""
+        protocol.send(channel, [("state", "error"), ("cause", f"{what}: {errors.reason(error.errno or 0)}")])
+        return 1
+    if _has_ended(stepd_fd):
+        return 1  # Perhaps the container was swept before this process was in it.
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    with ours:
+        with theirs:
+            protocol.send(channel, [("state", "ready")], [theirs.fileno()])
+        channel.close()
+        ours.settimeout(PATIENCE_SECONDS)
+        try:
+            program = _receive(ours, request)
+        except (OSError, protocol.ProtocolError):
+            return 1
+        _Session(ours, stepd_fd).run(program)
+    return 0
+
+
+def _has_ended(pidfd: int) -> bool:
+    poll = select.poll()
+    poll.register(pidfd, select.POLLIN)
+    return bool(poll.poll(0))
+
+
+# ---------------------------------------------------------------- becoming what a task is
+
+
+def _enter(request: Message, fds: dict[str, int]) -> None:
+    """Raises OSError where the kernel refuses anything of it."""
+    filter_fd = fds.pop("seccomp", -1)
+    program = os.pread(filter_fd, FILTER_BYTES, 0) if filter_fd >= 0 else b""
+    _take_limits(request.number("stepd"))
+    if directory := request.get("cgroup"):
+        cgroup.enter(directory, os.getpid())
+    if "net" in fds:
+        linux.setns(fds["net"], linux.CLONE_NEWNET)
+    groups = [int(group) for group in request.all("group")]
+    linux.keep_capabilities_and_become(request.number("uid"), request.number("gid"), groups, 0)
+    linux.set_dumpable(False)
+    forbid_imports()
+    for name, kind in NAMESPACES.items():
+        if name != "net":
+            linux.setns(fds[name], kind)
+    # No kernel without cgroups is meant, but one without their namespaces.
+    _unshare_cgroup()
+    for fd in (*fds.values(), filter_fd):
+        if fd >= 0:
+            os.close(fd)
+    _confine(int(request.get("keep_caps") or "0", 16), request.get("workdir") or "/", program)
+
+
+def _unshare_cgroup() -> None:
+    try:
+        linux.unshare(linux.CLONE_NEWCGROUP)
+    except OSError as error:
+        if error.errno != errno.EINVAL:
+            raise
+
+
+def _confine(keep: int, workdir: str, program: bytes) -> None:
+    """The same as join_confine() in spank/join.c. The working directory is entered with the user's own rights."""
+    linux.drop_bounding_set(keep)
+    linux.set_capabilities(keep, keep)
+    # A change of capabilities may have made this process dumpable, for its user to read and change.
+    linux.set_dumpable(False)
+    linux.set_no_new_privileges()
+    os.chdir(workdir)
+    if program:
+        linux.install_seccomp_filter(program)
+
+
+def _take_limits(stepd_pid: int) -> None:
+    """The step's resource limits instead of the agent's, which are far above a user's; no shelter from the OOM killer.
+
+    slurmstepd's own are the bounds of what its tasks may have.
+    """
+    for limit in LIMITS:
+        with suppress(ValueError):  # Not of this kernel.
+            resource.setrlimit(limit, resource.prlimit(stepd_pid, limit))
+    with open("/proc/self/oom_score_adj", "w") as file:
+        file.write("0")
+
+
+# ---------------------------------------------------------------- the program
+
+
+def _receive(connection: socket.socket, request: Message) -> _Program:
+    """The command's packet; raises ProtocolError or OSError, also when none comes in time."""
+    message = protocol.receive(connection)
+    if message is None:
+        raise protocol.ProtocolError("the command has gone")
+    arguments, fds = message.all("arg"), message.take_fds()
+    if not arguments or len(fds) != STANDARD:
+        raise protocol.ProtocolError("no program")
+    variables = dict(entry.split("=", 1) for entry in message.all("env") if "=" in entry)
+    for key, values in request.values.items():
+        for text in values:
+            name, _, value = text.partition("=")
+            if key == "set":
+                variables[name] = value
+            elif key == "default":
+                variables.setdefault(name, value)
+            elif key == "unset":
+                variables.pop(name, None)
+    return _Program(arguments, variables, fds, message.get("terminal") == "1")
+
+
+class _Session:
+    """One program and the command that waits for it."""
+
+    def __init__(self, connection: socket.socket, stepd_fd: int) -> None:
+        self._connection = connection
+        self._stepd_fd = stepd_fd
+
+    def run(self, program: _Program) -> None:
+        """Start it, pass the command's signals on, and say how it ended."""
+        refused_fd, refuses_fd = os.pipe2(os.O_CLOEXEC)
+        pid = os.fork()
+        if pid == 0:
+            _start(program, refuses_fd)
+        for fd in (refuses_fd, *program.fds):
+            os.close(fd)
+        with open(refused_fd, "rb") as refused:
+            number = refused.read(16)
+        pidfd = os.pidfd_open(pid)
+        if not number:
+            self._attend(pid, pidfd)
+        _, status = os.waitpid(pid, 0)
+        if _has_ended(self._stepd_fd):
+            return  # Of a program that was swept away with its step, its own status says nothing.
+        fields = [("exit", str(_exit_status(status)))]
+        if number:
+            fields.append(("errno", number.decode()))
+        with suppress(OSError):
+            protocol.send(self._connection, fields)
+
+    def _attend(self, pid: int, pidfd: int) -> None:
+        """Until the program has ended. It is not reaped meanwhile: its number stays its own."""
+        poll = select.poll()
+        for fd in (pidfd, self._stepd_fd, self._connection.fileno()):
+            poll.register(fd, select.POLLIN)
+        while True:
+            ready = {fd for fd, _ in poll.poll()}
+            if pidfd in ready:
+                return
+            if self._stepd_fd in ready:
+                os.killpg(pid, signal.SIGKILL)
+                poll.unregister(self._stepd_fd)
+            elif not self._forward(pid):
+                poll.unregister(self._connection)
+                _end(pid, pidfd)
+
+    def _forward(self, pid: int) -> bool:
+        """One signal of the command; False when the command has gone, or says something else."""
+        try:
+            message = protocol.receive(self._connection)
+            if message is None:
+                return False
+            with message:
+                number = message.number("signal")
+        except (OSError, protocol.ProtocolError):
+            return False
+        if number in FORWARDED:
+            os.killpg(pid, number)
+        return number in FORWARDED
+
+
+def _end(pid: int, pidfd: int) -> None:
+    """As a terminal that hangs up does; who ignores that is killed."""
+    os.killpg(pid, signal.SIGHUP)
+    poll = select.poll()
+    poll.register(pidfd, select.POLLIN)
+    poll.poll(GRACE_SECONDS * 1000)
+    os.killpg(pid, signal.SIGKILL)
+
+
+def _start(program: _Program, refuses_fd: int) -> NoReturn:
+    """In the fork: become the program."""
+    number = errno.EINVAL
+    try:
+        # With it dies the program, should its user kill the process that waits for it.
+        linux.set_parent_death_signal(signal.SIGKILL)
+        os.setsid()
+        for place, fd in enumerate(program.fds):
+            os.dup2(fd, place)
+        if program.controls_terminal:
+            fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+        for each in signal.valid_signals() - {signal.SIGKILL, signal.SIGSTOP}:
+            with suppress(OSError):
+                signal.signal(each, signal.SIG_DFL)
+        number = _exec(program)
+    except OSError as error:
+        number = error.errno or number
+    finally:
+        os.write(refuses_fd, str(number).encode())
+        os._exit(NOT_FOUND if number in (errno.ENOENT, errno.ENOTDIR) else NOT_RUN)
+
+
+def _exec(program: _Program) -> int:
+    """Look for the program along PATH, as execvp(3) does; returns the errno of why it does not run."""
+    name = program.arguments[0]
+    path = program.variables.get("PATH") or DEFAULT_PATH
+    directories: Sequence[str] = [""] if "/" in name else path.split(":")
+    number = errno.ENOENT
+    for directory in directories:
+        try:
+            os.execve(os.path.join(directory, name), program.arguments, program.variables)
+        except OSError as error:
+            if error.errno not in (errno.ENOENT, errno.ENOTDIR):
+                number = error.errno or errno.EINVAL
+    return number
+
+
+def _exit_status(status: int) -> int:
+    code = os.waitstatus_to_exitcode(status)
+    return 128 - code if code < 0 else code
