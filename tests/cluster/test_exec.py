@@ -287,3 +287,26 @@ def sleeps() -> list[Path]:
             if (path / "comm").read_text() == "sleep\n":
                 found.append(path)
     return found
+
+
+@pytest.mark.vm
+def test_it_is_below_the_steps_cgroup(limited: Cluster, limited_leftovers: Leftovers) -> None:
+    """With its limits, in a cgroup namespace of its own; Slurm ends it and removes all, the node stays in use."""
+    words = ["srun", "-w", "n1", "--mem=64", "--container-image=/images/openmpi.sqsh", "sh", "-c"]
+    with limited.popen([*words, "echo $SLURM_JOB_ID; exec sleep 1000"], user="usera") as running:
+        assert running.stdout is not None
+        job = running.stdout.readline().strip()
+        script = "cat /proc/self/cgroup /sys/fs/cgroup/memory.max; echo up; exec sleep 4323"
+        session = limited.popen([ENCLOS, "exec", job, "sh", "-c", script], node="n1", user="usera")
+        assert session.stdout is not None
+        shown = [session.stdout.readline().strip() for _ in range(3)]
+        (pid,) = (path.name for path in sleeps() if b"4323" in (path / "cmdline").read_bytes())
+        place = Path(f"/proc/{pid}/cgroup").read_text().strip()
+        limited.run(["scancel", job])
+        session.communicate(timeout=60)
+        running.communicate(timeout=60)
+    assert shown == ["0::/", str(64 << 20), "up"]
+    assert place.endswith("/step_0/user/task_0")
+    assert session.returncode != 0
+    limited.await_idle(60)
+    assert limited_leftovers.rows(60) == []
