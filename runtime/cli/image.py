@@ -38,7 +38,7 @@ def run(arguments: list[str]) -> int:
         run_verb: Callable[[Work], int] = given.run
         return run_verb(work)
     except errors.EnclosError as error:
-        # Worded for srun, where an image is an option's value; here it is an argument. But srun itself asks by `resolve`.
+        # Worded for srun, where an image is an option's value; here it is an argument. But srun itself uses `resolve`.
         if given.run is not _resolve:
             error.subject = error.subject.removeprefix("--container-image=")
         raise
