@@ -508,7 +508,9 @@ def mount_target_failed(source: str, target: str, number: int, option: str = MOU
 
 def unmount_failed(target: str, number: int, option: str = MOUNTS) -> EnclosError:
     """umount:TARGET and nothing that could be taken away there."""
-    words = "nothing is mounted there" if number in (errno.EINVAL, errno.ENOENT, errno.ENOTDIR) else reason(number)
+    # EINVAL is also what the kernel says of a mount that is locked with the one above it.
+    missing = number in (errno.EINVAL, errno.ENOENT, errno.ENOTDIR)
+    words = "nothing is mounted there that could be taken away" if missing else reason(number)
     hint = "mounts are made and taken away in the order in which they are given"
     return UserError(f"{option}=umount:{target}", "couldn't unmount in the container", words, hint)
 
