@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
+import os
 import signal
+import struct
 import subprocess
+import termios
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import BinaryIO
 
 import pytest
 from conftest import Leftovers, Run, said
@@ -262,13 +267,40 @@ def test_a_terminal_of_its_own(running: Step, cluster: Cluster) -> None:
              "echo status $?; stty -a >/shared/after", "/dev/null"]  # fmt: skip
     with cluster.popen(words, node="n1", user="usera", stdin=subprocess.PIPE) as session:
         assert session.stdin is not None
-        time.sleep(1)
         out, _ = session.communicate("stty size\ntest -t 0 && echo is-$((40+2))\nexit 3\n", timeout=20)
     assert "33 77" in out
     assert "is-42" in out
     assert "status 3" in out
     shared = cluster.layout.shared
     assert (shared / "before").read_text() == (shared / "after").read_text()
+
+
+def test_the_terminal_changes_its_size(running: Step, cluster: Cluster) -> None:
+    """A new size reaches the program, and Ctrl-C its foreground."""
+    ours, theirs = os.openpty()
+    fcntl.ioctl(ours, termios.TIOCSWINSZ, struct.pack("HHHH", 33, 77, 0, 0))
+    script = "trap 'stty size' WINCH; trap 'exit 3' INT; stty size; readlink /proc/$$/fd/0; while :; do sleep 0.1; done"
+    words = [ENCLOS, "exec", running.name, "sh", "-c", script]
+    with (
+        os.fdopen(ours, "r+b", buffering=0) as terminal,
+        cluster.popen(words, node="n1", user="usera", stdin=theirs, stdout=theirs, stderr=theirs) as session,
+    ):
+        assert "33 77" in read_until(terminal, b"/dev/pts/")
+        fcntl.ioctl(ours, termios.TIOCSWINSZ, struct.pack("HHHH", 44, 77, 0, 0))
+        session.send_signal(signal.SIGWINCH)
+        assert "44 77" in read_until(terminal, b"44 77")
+        terminal.write(b"\x03")
+        assert session.wait(WAIT) == 3
+        assert termios.tcgetattr(theirs)[3] & termios.ICANON, "left as it was"
+    os.close(theirs)
+
+
+def read_until(terminal: BinaryIO, text: bytes) -> str:
+    """What comes until that text, with the line that it is in."""
+    seen = b""
+    while text not in seen or not seen.endswith(b"\n"):
+        seen += os.read(terminal.fileno(), 4096)
+    return seen.decode()
 
 
 def await_none(seconds: str) -> None:
