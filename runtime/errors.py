@@ -827,7 +827,7 @@ def exec_ended(name: str) -> EnclosError:
 def exec_too_large(number: int) -> EnclosError:
     """Command and environment do not fit into a packet."""
     return UserError(
-        "enclos exec", f"command and environment are larger than {number} bytes", hint="begin with env -i"
+        "exec", f"command and environment are larger than {number} bytes", hint="begin with env -i"
     )
 
 
