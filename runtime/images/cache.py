@@ -22,7 +22,7 @@ from collections import Counter
 from collections.abc import Iterable
 from dataclasses import replace
 
-from enclos.runtime.images.layout import ImageRecord, Store
+from enclos.runtime.images.layout import UNFINISHED, ImageRecord, Store
 
 log = logging.getLogger("enclosd")
 
@@ -44,6 +44,9 @@ class Cache:
         self.store.make()
         os.makedirs(self._verified, VERIFIED_MODE, exist_ok=True)
         self.remove_unnamed()
+        for name in os.listdir(f"{self.store.directory}/parts"):
+            if name.endswith(UNFINISHED):
+                os.unlink(f"{self.store.directory}/parts/{name}")
 
     # --- who may have what ------------------------------------------------------------------------------------
 
@@ -146,7 +149,7 @@ class Cache:
         named = {part.key for record in self.records() for part in record.parts}
         for name in os.listdir(f"{self.store.directory}/parts"):
             key = name.removesuffix(".sqsh")
-            if key not in named and key not in self._held:
+            if key not in named and key not in self._held and not name.endswith(UNFINISHED):
                 with contextlib.suppress(FileNotFoundError):
                     os.unlink(f"{self.store.directory}/parts/{name}")
         for name in os.listdir(f"{self.store.directory}/images"):

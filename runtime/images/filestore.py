@@ -27,11 +27,12 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from urllib.parse import quote, unquote
 
-from enclos.runtime.images.layout import Store, hex_of
+from enclos.runtime.images.layout import UNFINISHED, Store, hex_of
 
 FORMAT = 1
 TEXT_LIMIT_BYTES = 1 << 20
 COPY_BYTES = 1 << 20
+UNFINISHED_SECONDS = 86400
 
 
 @dataclass(frozen=True, slots=True)
@@ -199,7 +200,16 @@ class FileStore:
         for entry in _list(f"{self.directory}/work"):
             if entry.endswith(".lock") and self._discard_work(entry):
                 removed.append(f"work/{entry.removesuffix('.lock')}")
+        self._discard_unfinished(now)
         return removed
+
+    def _discard_unfinished(self, now: float) -> None:
+        """Parts of pulls that were killed, where unfinished files have names. Nobody has a lock on them: old ones."""
+        parts = f"{self.directory}/work/parts"
+        with contextlib.suppress(FileNotFoundError):
+            for entry in os.listdir(parts):
+                if entry.endswith(UNFINISHED) and now - os.stat(f"{parts}/{entry}").st_mtime > UNFINISHED_SECONDS:
+                    os.unlink(f"{parts}/{entry}")
 
     def _discard_work(self, lock: str) -> bool:
         """Remove what an interrupted pull has fetched, unless somebody is at it. The lock stays: others may wait."""

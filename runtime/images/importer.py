@@ -392,6 +392,7 @@ class Build:
                         self._hear_converter(ready)
         finally:
             for _, output_fd in self._converting.values():
+                self._importer._store.drop_part(output_fd)
                 os.close(output_fd)
         return self._config or "{}"
 
@@ -450,7 +451,7 @@ class Build:
             # Until the last process of the sandbox is dead, the file may change.
             running.wait()
             self._importer._end(running)
-            size, digest = finish_part(self._importer._store, output_fd, self._keys[index])
+            size, digest = finish_part(self._importer._store, output_fd, self._keys[index], own=self._order.own)
         finally:
             os.close(output_fd)
         self._importer._tell("part", ("key", self._keys[index]), ("bytes", str(size)), ("sha256", digest))
@@ -500,8 +501,11 @@ def _is_full(fd: int) -> bool:
     return False
 
 
-def finish_part(store: Store, output_fd: int, key: str) -> tuple[int, str]:
+def finish_part(store: Store, output_fd: int, key: str, own: bool = False) -> tuple[int, str]:
     """Give a part its name, when nobody can change it any more; its size and SHA-256.
+
+    Args:
+        own: it is a user's own store: he may change it at any time, and NFS gives no leases.
 
     Raises:
         BlockingIOError: somebody still has it open for writing.
@@ -513,8 +517,9 @@ def finish_part(store: Store, output_fd: int, key: str) -> tuple[int, str]:
         # The caller's own descriptor may write; it becomes the read-only one.
         os.dup2(fd, output_fd, inheritable=False)
         # The kernel grants a read lease on a file that nobody has open for writing (F_SETLEASE in fcntl(2)).
-        fcntl.fcntl(fd, fcntl.F_SETLEASE, fcntl.F_RDLCK)
-        fcntl.fcntl(fd, fcntl.F_SETLEASE, fcntl.F_UNLCK)
+        if not own:
+            fcntl.fcntl(fd, fcntl.F_SETLEASE, fcntl.F_RDLCK)
+            fcntl.fcntl(fd, fcntl.F_SETLEASE, fcntl.F_UNLCK)
         digest = file_digest(fd)
         store.keep_part(fd, key)
         return os.fstat(fd).st_size, digest

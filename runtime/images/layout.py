@@ -20,6 +20,7 @@ file capabilities.
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
 import re
@@ -27,6 +28,7 @@ from dataclasses import asdict, dataclass
 
 FORMAT = 1
 RECORD_LIMIT_BYTES = 1 << 20
+UNFINISHED = ".new"
 _HEX = re.compile(r"[0-9a-f]{64}")
 
 
@@ -129,17 +131,35 @@ class Store:
         return record
 
     def part_file(self) -> int:
-        """A new file without a name for a part; nothing is left of it unless `keep_part` names it."""
-        return os.open(f"{self.directory}/parts", os.O_TMPFILE | os.O_RDWR | os.O_CLOEXEC, 0o600)
+        """A new file without a name for a part; nothing is left of it unless `keep_part` names it.
+
+        Where the file system has no such files (NFS), it has a name that ends with UNFINISHED.
+        """
+        parts = f"{self.directory}/parts"
+        try:
+            return os.open(parts, os.O_TMPFILE | os.O_RDWR | os.O_CLOEXEC, 0o600)
+        except OSError as error:
+            if error.errno not in (errno.EOPNOTSUPP, errno.EISDIR, errno.EINVAL):
+                raise
+        path = f"{parts}/{os.urandom(16).hex()}{UNFINISHED}"
+        return os.open(path, os.O_CREAT | os.O_EXCL | os.O_RDWR | os.O_CLOEXEC, 0o600)
+
+    def drop_part(self, fd: int) -> None:
+        """Remove the name of a part that was not finished, where it has one; its descriptor stays the caller's."""
+        if os.fstat(fd).st_nlink:
+            os.unlink(os.readlink(f"/proc/self/fd/{fd}"))
 
     def keep_part(self, fd: int, key: str) -> None:
         """Give a finished file its name, on disk; one that is there already stays (it has the same content)."""
         os.fsync(fd)
         directory_fd = os.open(f"{self.directory}/parts", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         try:
-            with contextlib.suppress(FileExistsError):
-                # With a directory's descriptor this is linkat(2), which follows the magic link (open(2), O_TMPFILE).
-                os.link(f"/proc/self/fd/{fd}", f"{key}.sqsh", dst_dir_fd=directory_fd, follow_symlinks=True)
+            if os.fstat(fd).st_nlink:
+                os.rename(os.readlink(f"/proc/self/fd/{fd}"), f"{key}.sqsh", dst_dir_fd=directory_fd)
+            else:
+                with contextlib.suppress(FileExistsError):
+                    # With a directory's descriptor this is linkat(2), which follows the magic link (see open(2)).
+                    os.link(f"/proc/self/fd/{fd}", f"{key}.sqsh", dst_dir_fd=directory_fd, follow_symlinks=True)
             os.fsync(directory_fd)
         finally:
             os.close(directory_fd)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from pathlib import Path
 
 import pytest
-from enclos.runtime.images.layout import ImageRecord, Part, Store, hex_of
+from enclos.runtime.images.cache import Cache
+from enclos.runtime.images.layout import UNFINISHED, ImageRecord, Part, Store, hex_of
 
 DIGEST = "sha256:" + "ab" * 32
 KEY = "cd" * 32
@@ -59,3 +61,35 @@ def test_a_damaged_record_is_none(store: Store, text: str) -> None:
 def test_only_a_digest_becomes_a_file_name(digest: str) -> None:
     with pytest.raises(ValueError, match="not a digest"):
         hex_of(digest)
+
+
+def test_parts_where_unfinished_files_have_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a file system that refuses O_TMPFILE, as NFS does."""
+    opened = os.open
+
+    def refuse(path: str, flags: int, *rest: int, **more: int) -> int:
+        if flags & os.O_TMPFILE == os.O_TMPFILE:
+            raise OSError(errno.EOPNOTSUPP, os.strerror(errno.EOPNOTSUPP), path)
+        return opened(path, flags, *rest, **more)
+
+    monkeypatch.setattr(os, "open", refuse)
+    store = Store(str(tmp_path))
+    store.make()
+    kept, dropped = store.part_file(), store.part_file()
+    names = os.listdir(tmp_path / "parts")
+    assert len(names) == 2 and all(name.endswith(UNFINISHED) for name in names)
+    os.write(kept, b"hsqs")
+    store.keep_part(kept, "ab" * 32)
+    store.drop_part(dropped)
+    assert os.listdir(tmp_path / "parts") == [f"{'ab' * 32}.sqsh"]
+    assert (tmp_path / f"parts/{'ab' * 32}.sqsh").read_bytes() == b"hsqs"
+    again = store.part_file()
+    store.keep_part(again, "ab" * 32)
+    killed = store.part_file()
+    cache = Cache(str(tmp_path), 1 << 30, str(tmp_path / "verified"))
+    cache.remove_unnamed()  # While an import is under way.
+    assert [name.endswith(UNFINISHED) for name in os.listdir(tmp_path / "parts")] == [True]
+    cache.open()
+    assert os.listdir(tmp_path / "parts") == []
+    for fd in (kept, dropped, again, killed):
+        os.close(fd)
