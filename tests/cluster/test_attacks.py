@@ -282,6 +282,23 @@ def test_the_agents_processes_can_not_be_looked_into(idle: Cluster, image: str) 
             assert row["found"]["signal"] == "EPERM"
 
 
+def test_a_stopped_exec_shows_nothing_and_holds_up_nobody(idle: Cluster, image: str) -> None:
+    """Stopped at the first moment at which it is the user's: while it enters."""
+    words = ["srun", "-w", "n1", f"--container-image={image}", TOOLS, "sh", "-c", "echo $SLURM_JOB_ID; sleep 60"]
+    with going_on(idle, *words, node=None) as job:
+        name = job.first.strip()  # type: ignore[attr-defined]
+        with (
+            going_on(idle, PYTHON, ATTACKER, "hunt", "enclos-enter", "5") as hunter,
+            idle.popen(["enclos", "exec", name, "true"], "usera", "n1") as stopped,
+        ):
+            assert hunter.stdout is not None
+            assert_hidden(json.loads(hunter.stdout.readline())["found"])
+            begin = time.monotonic()
+            assert idle.run(["enclos", "ps"], user="userb", node="n1").returncode == 0
+            assert time.monotonic() - begin < 4
+            stopped.kill()
+
+
 def test_a_stopped_builder_shows_nothing_and_holds_up_nobody(idle: Cluster, image: str) -> None:
     with settings(idle, "n1", "step: {build_deadline_seconds: 2}\n"):
         with going_on(idle, PYTHON, ATTACKER, "hunt", "enclos-build", "9") as hunter:
