@@ -162,18 +162,23 @@ def hidden_paths(system: Path | None = None) -> list[Path]:
     return hidden
 
 
-def closed_folder(path: Path) -> Path | None:
-    """The topmost folder above a path that only root and its owner may enter, such as /root; None if there is none."""
-    return next((folder for folder in reversed(path.parents) if not _may_enter(folder)), None)
+def closed_folder(path: Path, system: Path | None = None) -> Path | None:
+    """The topmost folder above a path that only root and its owner may enter, such as /root; None if there is none.
+
+    `system` is the root file system in which that counts; what is not there yet is made for all to enter.
+    """
+    root = system or Path("/")
+    there = (folder for folder in reversed(path.parents) if (root / folder.relative_to("/")).exists())
+    return next((folder for folder in there if not _may_enter(root / folder.relative_to("/"))), None)
 
 
 def _may_enter(folder: Path) -> bool:
     return bool(folder.stat().st_mode & stat.S_IXOTH)
 
 
-def _closed_folders() -> set[Path]:
+def _closed_folders(system: Path | None) -> set[Path]:
     """What has to be covered by an empty folder for the hidden paths to be reached; /tmp and /run are anyway."""
-    found = {closed_folder(path) for path in hidden_paths() if not _is_own(path)}
+    found = {closed_folder(path, system) for path in hidden_paths(system) if not _is_own(path)}
     return {folder for folder in found if folder is not None}
 
 
@@ -183,13 +188,12 @@ def _is_own(path: Path) -> bool:
 
 
 def _script(layout: Layout, hostname: str, system: Path | None, *parts: str) -> str:
-    closed = _closed_folders() if system is None else ()
     values = {
         "state": str(layout.state),
         "hostname": hostname,
         "cookie": f"{layout.state}/{hostname}",
         "system": str(system or ""),
-        "closed": " ".join(str(path) for path in closed),
+        "closed": " ".join(str(path) for path in _closed_folders(system)),
         "hidden": " ".join(str(path) for path in hidden_paths(system)),
         "cgroup_mounts": cgroups.MOUNTS if cgroups.available() else "",
     }

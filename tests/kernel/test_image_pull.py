@@ -50,11 +50,10 @@ def uncovered() -> list[str]:
     if closed is None:
         return []
     script = """
-        exec 9< "$2"
+        mount --rbind "$2" /mnt
         mount -t tmpfs -o mode=755,nosuid,nodev tmpfs "$1"
         mkdir -p "$2"
-        mount --rbind /proc/self/fd/9 "$2"
-        exec 9<&-
+        mount --move /mnt "$2"
         shift 2
         exec "$@"
     """
