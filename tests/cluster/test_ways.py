@@ -32,9 +32,9 @@ def test_command_that_only_the_image_has(idle: Cluster) -> None:
 
 def test_multi_prog(idle: Cluster) -> None:
     """A file of commands for single tasks; they are looked up in the image."""
-    (idle.layout.shared / "programs").write_text("0 sh -c 'echo zero; cat /opt/file'\n1-2 busybox echo task-%t\n")
+    (idle.layout.shared / "multi-prog").write_text("0 sh -c 'echo zero; cat /opt/file'\n1-2 busybox echo task-%t\n")
     done = idle.run(
-        ["srun", "-w", "n1", "-n3", f"--container-image={BOX}", "--multi-prog", "/shared/programs"], "usera"
+        ["srun", "-w", "n1", "-n3", f"--container-image={BOX}", "--multi-prog", "/shared/multi-prog"], "usera"
     )
     assert sorted(done.stdout.splitlines()) == ["of the image", "task-1", "task-2", "zero"], done.stderr
 
