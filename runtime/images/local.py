@@ -14,6 +14,7 @@ import hashlib
 import json
 import os
 import socket
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -46,12 +47,12 @@ class Found:
     config: bytes
 
 
-class Files:
+class Files(ABC):
     """The small files of an image by name; `find` raises BadManifest for one that is not there."""
 
+    @abstractmethod
     def find(self, name: str) -> tuple[int, Source]:
         """A descriptor that stays the caller's, and where in it the file is."""
-        raise NotImplementedError
 
     def read(self, name: str) -> bytes:
         fd, source = self.find(name)

@@ -130,6 +130,36 @@ def test_an_image_comes_and_srun_tells(site: Cluster) -> None:
     assert short.stdout == "first", short.stderr
 
 
+def test_a_task_that_waits_for_an_import_is_told(site: Cluster) -> None:
+    """The registry is held up until the task waits, so that there is something to tell, however fast the machine is."""
+    reference, layout = push(site, "awaited")
+    digest = json.loads((layout / "index.json").read_text())["manifests"][0]["digest"]
+    # With its digest, so that srun has nothing to ask the registry.
+    pinned = f"{reference.removesuffix(':t')}@{digest}"
+    server = site.record.daemons["registry"].pid
+    os.kill(server, signal.SIGSTOP)
+    try:
+        running = site.popen(["srun", "-w", "n1", f"--container-image={pinned}", "cat", "/name"], user="usera")
+        deadline = time.monotonic() + 30
+        while not any(name_of(pid) == "enclos-task" for pid in site.processes("n1")):
+            assert time.monotonic() < deadline, "no task waits"
+            time.sleep(0.02)
+    finally:
+        os.kill(server, signal.SIGCONT)
+    out, err = running.communicate(timeout=60)
+    assert out == "awaited", err
+    told = said(err)
+    assert told[0].startswith(f"enclos: importing {pinned}"), told
+    assert told[-1].startswith(f"enclos: imported {pinned} in "), told
+
+
+def name_of(pid: int) -> str:
+    """"" for a process that has ended."""
+    with contextlib.suppress(OSError):
+        return Path(f"/proc/{pid}/comm").read_text().strip()
+    return ""
+
+
 def test_a_tag_that_moves_is_one_image_for_a_step(site: Cluster) -> None:
     """One node has the old image of the tag: it still runs the one that srun found."""
     reference, _ = push(site, "moves")
