@@ -274,6 +274,36 @@ def no_own_store() -> EnclosError:
     )
 
 
+def job_unknown(job: str) -> EnclosError:
+    """`enclos image pull --job`: slurmctld does not know it, or does not tell this user of it."""
+    return UserError(f"--job={job}", "no such job", hint="'squeue --me' lists yours")
+
+
+def job_not_own(job: str) -> EnclosError:
+    """Its images are fetched with its user's credentials, so root cannot do it as root either."""
+    return UserError(
+        f"--job={job}",
+        "it is another user's",
+        hint=f"{ADMIN}runuser -l USER -c 'enclos image pull --job={job}': with his credentials, into his store",
+    )
+
+
+def job_without_image(job: str) -> EnclosError:
+    """Nothing that Slurm shows of the job names an image."""
+    return UserError(
+        f"--job={job}",
+        "it names no image",
+        "searched its batch script, and its command line where Slurm shows that",
+        "write '#SBATCH --container-image=IMAGE' into the script, or pull IMAGE by its name",
+    )
+
+
+def slurm_failed(command: str, detail: str) -> EnclosError:
+    """A command of Slurm's that ours needs has no answer."""
+    hint = "try again; 'scontrol ping' shows whether slurmctld is up"
+    return UserError(command, "Slurm does not answer", detail, hint)
+
+
 def idmap_missing(reference: str) -> EnclosError:
     """An image of several layers on a kernel without idmapped mounts of squashfs."""
     return AdminError(

@@ -9,7 +9,7 @@ _enclos()
 	done
 	COMPREPLY=()
 	case $previous in
-	--authfile|--container-device|--container-env|--container-image|--container-limit|--container-mounts|--container-name|--container-network|--container-profile|--container-rdma|--container-save|--container-unshare|--container-workdir|--count|--file|--gpus|--interval|--unused|-n)
+	--authfile|--container-device|--container-env|--container-image|--container-limit|--container-mounts|--container-name|--container-network|--container-profile|--container-rdma|--container-save|--container-unshare|--container-workdir|--count|--file|--gpus|--interval|--job|--unused|-n)
 		return
 		;;
 	esac
@@ -42,7 +42,7 @@ _enclos()
 		words="--help --file --json"
 		;;
 	"image pull"*)
-		words="--help --json --authfile"
+		words="--help --json --job --authfile"
 		;;
 	"profile ls"*)
 		words="--help --json"

@@ -67,6 +67,11 @@ def table(head: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
     )
 
 
+def say(text: str) -> None:
+    """One line for a person, on standard error: what `--json` prints stays whole."""
+    print(errors.printable(text), file=sys.stderr, flush=True)
+
+
 def report(error: errors.EnclosError, node: str = "") -> None:
     """Print an error the way every part of Enclos does."""
     print(f"enclos: {error.line(node)}", file=sys.stderr)

@@ -112,7 +112,8 @@ def _parser() -> common.Parser:
         return added
 
     pull = verb("pull", _pull, "bring images from a registry into your store")
-    pull.add_argument("image", nargs="+", help="as docker://REGISTRY/NAME:TAG")
+    pull.add_argument("image", nargs="*", help="as docker://REGISTRY/NAME:TAG")
+    pull.add_argument("--job", default="", metavar="JOBID", help="those that a job of yours will ask for")
     pull.add_argument("--authfile", default="", metavar="FILE", help="credentials, as skopeo has them")
     verb("ls", _ls, "list the images of your store and the site's")
     verb("inspect", _inspect, "show what is known of an image").add_argument("image", help=NAMED)
@@ -138,11 +139,14 @@ def _parser() -> common.Parser:
 def _pull(work: Work) -> int:
     from enclos.runtime.images.pulling import Puller
 
-    store = work.own()
     wanted = [work.reference(text) for text in work.given.image]
     for one in wanted:
         if not one.is_registry:
             raise errors.bad_image_reference(one.text, "only images of registries can be pulled")
+    wanted += _of_job(work) if work.given.job else []
+    if not wanted and not work.given.job:
+        raise errors.usage("image pull", "name an image, or a job with --job")
+    store = work.own()
     store.make()
     done = []
     for one in wanted:
@@ -156,6 +160,21 @@ def _pull(work: Work) -> int:
     if work.given.json:
         common.print_json(done)
     return 0
+
+
+def _of_job(work: Work) -> list[Reference]:
+    """The images of registries that a job names; what else it names is said, and is no error: its steps find it."""
+    from enclos.runtime.cli import jobimages
+
+    found = []
+    for text in jobimages.of_job(work.given.job):
+        if "$" in text or "`" in text:
+            common.say(f"{text}: not fetched: what it stands for is known when the job runs")
+        elif not (one := work.reference(text)).is_registry:
+            common.say(f"{text}: not fetched: it is no image of a registry")
+        else:
+            found.append(one)
+    return found
 
 
 def _import(work: Work) -> int:

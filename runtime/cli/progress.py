@@ -12,6 +12,7 @@ import threading
 from collections.abc import Iterator
 from typing import Protocol
 
+from enclos.runtime.cli.common import say
 from enclos.runtime.errors import printable
 from enclos.runtime.images.filestore import FileStore
 
@@ -48,13 +49,13 @@ class Lines:
         self._name = name
 
     def __call__(self, text: str) -> None:
-        _print(f"{self._name}: {text}")
+        say(f"{self._name}: {text}")
 
     def total(self, digest: str, size: int) -> None:
-        _print(f"{self._name}: {digest}, {size / 1e6:.1f} MB to fetch at most")
+        say(f"{self._name}: {digest}, {size / 1e6:.1f} MB to fetch at most")
 
     def end(self, text: str) -> None:
-        _print(text)
+        say(text)
 
 
 class Bar:
@@ -84,7 +85,7 @@ class Bar:
 
     def end(self, text: str) -> None:
         self.stop()
-        _print(text)
+        say(text)
 
     def stop(self) -> None:
         if not self._stopped.is_set():
@@ -105,7 +106,3 @@ def _size_of(directory: str) -> int:
             return sum(entry.stat().st_size for entry in entries)
     except OSError:
         return 0
-
-
-def _print(text: str) -> None:
-    print(printable(text), file=sys.stderr, flush=True)

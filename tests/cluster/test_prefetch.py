@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from conftest import said
+from conftest import Result, said
 from enclos.runtime.cluster.cluster import Cluster, Running
 from faults import processes
 
@@ -169,6 +169,81 @@ def test_a_job_that_ends_stops_it(fresh: Cluster) -> None:
     fresh.await_idle()
     assert not importers(fresh, wanted=False)
     stop(silent)
+
+
+# --- before it starts: enclos image pull --job ------------------------------------------------------------------------
+
+
+def submit(cluster: Cluster, text: str, *options: str) -> str:
+    """Hand in a script that has to wait until it is released; the job's id."""
+    (cluster.layout.shared / "job.sh").write_text(text)
+    words = ["sbatch", "--hold", "--parsable", "-w", "n1", "-o", "/shared/out", *options, "/shared/job.sh"]
+    done = cluster.run(words, "usera")
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()
+
+
+def pull(cluster: Cluster, job: str, user: str = "usera", *options: str) -> Result:
+    return cluster.run(["enclos", "image", "pull", f"--job={job}", *options], user)
+
+
+def finish(cluster: Cluster, job: str) -> str:
+    """Let the job run; what it printed."""
+    (cluster.layout.shared / "out").unlink(missing_ok=True)
+    assert cluster.run(["scontrol", "release", job]).returncode == 0
+    cluster.await_idle()
+    deadline = time.monotonic() + 30
+    while cluster.run(["squeue", "-h", "-j", job]).stdout and time.monotonic() < deadline:
+        time.sleep(0.05)
+    return (cluster.layout.shared / "out").read_text()
+
+
+@pytest.mark.parametrize(("script", "options"), [
+    (f"#!/bin/sh\n#SBATCH --container-image={IMAGE}\necho $FROM_IMAGE\n", []),
+    (f"#!/bin/sh\nIMAGE={IMAGE}\nsrun --container-image=$IMAGE sh -c 'echo $FROM_IMAGE'\n", []),
+    (f"#!/bin/sh\nsrun --container-image={IMAGE} sh -c 'echo $FROM_IMAGE'\n", ["--array=1-2"]),
+])  # fmt: skip
+def test_a_pending_jobs_images(fresh: Cluster, script: str, options: list[str]) -> None:
+    """They are in the user's store before the job starts: no node imports anything."""
+    shutil.rmtree(fresh.layout.homes / "usera/.local/share/enclos", ignore_errors=True)
+    job = submit(fresh, script, *options)
+    done = pull(fresh, job, "usera", "--json")
+    assert done.returncode == 0, done.stderr
+    assert [image["source"] for image in json.loads(done.stdout)] == [IMAGE]
+    assert pull(fresh, job).stderr.count("is here already") == 1
+    assert set(finish(fresh, job).splitlines()) == {"yes"}
+    assert cached(fresh) == []
+
+
+def test_a_job_is_only_its_users(fresh: Cluster) -> None:
+    """Nobody fetches for another; root neither, who would do it with root's credentials and for everybody."""
+    job = submit(fresh, f"#!/bin/sh\nsrun --container-image={IMAGE} true\n")
+    for user in ("userb", "root"):
+        done = pull(fresh, job, user)
+        assert (done.returncode, done.stdout) == (1, "")
+        assert f"enclos: --job={job}: it is another user's" in done.stderr
+    program = fresh.run("command -v enclos").stdout.strip()
+    done = fresh.run(["runuser", "-l", "usera", "-c", f"{program} image pull --job={job} --json"])
+    assert done.returncode == 0, done.stderr
+    assert [image["path"].startswith("/home/usera/") for image in json.loads(done.stdout)] == [True]
+
+
+@pytest.mark.parametrize(("script", "status", "text"), [
+    ("#!/bin/sh\nsrun hostname\n", 1, "it names no image"),
+    ("#!/bin/sh\nsrun --container-image=$1 hostname\n", 0, "$1: not fetched: what it stands for is known when the job"),
+    ("#!/bin/sh\nsrun --container-image=/images/x.sqsh true\n", 0, "/images/x.sqsh: not fetched: it is no image of a"),
+    ("#!/bin/sh\nsrun --container-image=docker://n2:5099/none:1 true\n", 1, "docker://n2:5099/none:1: image not found"),
+])  # fmt: skip
+def test_a_job_whose_images_cannot_be_fetched(fresh: Cluster, script: str, status: int, text: str) -> None:
+    done = pull(fresh, submit(fresh, script))
+    assert done.returncode == status and text in done.stderr, done.stderr
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("job", ["99999", "x", "1;id", "-1", "1.0"])
+def test_a_job_that_is_none(fresh: Cluster, job: str) -> None:
+    done = pull(fresh, job)
+    assert done.returncode == 1 and f"enclos: --job={job}: no such job" in done.stderr
 
 
 def importers(cluster: Cluster, *, wanted: bool) -> bool:

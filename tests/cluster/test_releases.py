@@ -185,3 +185,23 @@ def test_bad_programs_are_no_matter_for_the_check(cluster: Cluster, image_direct
         assert done.stdout == ("ran\nran\n" if name == "script" else ""), name
         bare = cluster.run(f"srun -wn1 -n2 /shared/programs/{name}", "usera")
         assert done.returncode == bare.returncode, done.stderr
+
+
+@pytest.mark.parametrize(("script", "options", "shown"), [
+    ("#SBATCH --container-image=/images/x.sqsh", [], ["22.05", "24.11", "26.05"]),
+    ("srun --container-image=/images/x.sqsh true", ["--array=1-2"], ["22.05", "24.11", "26.05"]),
+    # Nothing that a user may call tells the command line of sbatch before, where no accounts are kept.
+    ("true", ["--container-image=/images/x.sqsh"], ["26.05"]),
+])  # fmt: skip
+def test_the_images_of_a_pending_job(
+    cluster: Cluster, usera: Run, release: str, script: str, options: list[str], shown: list[str]
+) -> None:
+    """`enclos image pull --job` knows them as far as Slurm tells the job's owner. The rest is in test_prefetch.py."""
+    (cluster.layout.shared / "pending.sh").write_text(f"#!/bin/sh\n{script}\n")
+    job = usera(["sbatch", "--hold", "--parsable", *options, "/shared/pending.sh"]).stdout.strip()
+    done = usera(["enclos", "image", "pull", f"--job={job}"])
+    usera(["scancel", job])
+    if release in shown:
+        assert done.returncode == 0 and "/images/x.sqsh: not fetched: it is no image of a registry" in done.stderr
+    else:
+        assert done.returncode == 1 and f"enclos: --job={job}: it names no image" in done.stderr
