@@ -44,13 +44,7 @@ def c_header() -> str:
         "#ifndef ENCLOS_OPTIONS_GEN_H",
         "#define ENCLOS_OPTIONS_GEN_H",
         "",
-        "#include <stddef.h>",
-        "",
-        "struct enclos_check {",
-        "\tconst char *pattern; /* extended regular expression that the whole value matches */",
-        "\tconst char *words;   /* what is wrong if it does not */",
-        "\tint each;            /* the parts between commas have to match, not the value */",
-        "};",
+        '#include "checks.h"',
         "",
         *_c_checks(),
         "struct enclos_option_row {",
@@ -62,7 +56,7 @@ def c_header() -> str:
         "\tconst char *pyxis_env; /* the same under pyxis' name */",
         "\tconst char *key;       /* NAME of option.NAME on the wire */",
         "\tconst char *fixed;     /* the value when has_arg is 0 */",
-        "\tconst struct enclos_check *checks; /* ends with a pattern of NULL */",
+        "\tconst struct enclos_check *checks; /* ends with words of NULL */",
         "};",
         "",
         f"#define ENCLOS_OPTION_COUNT {len(OPTIONS)}",
@@ -94,8 +88,9 @@ def _c_checks() -> Iterator[str]:
         if o.checks:
             yield f"static const struct enclos_check {_c_checks_name(o)}[] = {{"
             for check in o.checks:
-                yield f"\t{{ {_c(f'^({check.pattern})$')}, {_c(check.words)}, {int(check.each)} }},"
-            yield from ("\t{ NULL, NULL, 0 },", "};", "")
+                texts = f"{_c(f'^({check.pattern})$')}, {_c(check.words)}, {_quoted(check.start)}"
+                yield f"\t{{ {texts}, {check.rule.value}, {int(check.each)}, {check.longest} }},"
+            yield from ("\t{ NULL, NULL, NULL, ENCLOS_MATCH, 0, 0 },", "};", "")
 
 
 def _c_checks_name(o: Option) -> str:
@@ -103,10 +98,12 @@ def _c_checks_name(o: Option) -> str:
 
 
 def _c(text: str) -> str:
-    if not text:
-        return "NULL"
+    return _quoted(text) if text else "NULL"
+
+
+def _quoted(text: str) -> str:
     escaped = text.replace("\\", "\\\\").replace('"', '\\"')
-    return f'"{escaped}"'
+    return '"' + "".join(c if c.isprintable() else f"\\{ord(c):03o}" for c in escaped) + '"'
 
 
 # ---------------------------------------------------------------- conf/enclos.yaml

@@ -16,14 +16,23 @@ LIMIT_COUNT = 64
 # Below that, no program starts: the kernel would kill the task before it could say anything.
 LEAST_MEMORY = 1 << 20
 LEAST_CPU_US = 1_000  # kernel/sched/core.c, min_cfs_quota_period
-MOST = 1 << 62
-CPU_COUNT = 8192
 
 IO_KEYS = ("rbps", "wbps", "riops", "wiops")
 RDMA_KEYS = ("hca_handle", "hca_object")
 SUFFIXES = {"": 0, "K": 10, "M": 20, "G": 30, "T": 40}
+# So many digits that no size exceeds 2^61.
+SIZE = "([0-9]{1,18}|[0-9]{1,15}[Kk]|[0-9]{1,12}[Mm]|[0-9]{1,9}[Gg]|[0-9]{1,6}[Tt])i?B?"
 
 SYNTAX = "memory=SIZE, swap=SIZE, cpu=N, cpuset=LIST, pids=N, io=MAJ:MIN:KEY=N, hugetlb=PAGE:SIZE or rdma=DEVICE:KEY=N"
+
+SIZE_WORDS = "expected a size such as 512M or 8G"
+LEAST_WORDS = "less than 1M"
+CPU_WORDS = "expected a number of processors such as 2 or 0.5"
+LEAST_CPU_WORDS = "less than 0.01 of a processor"
+CPUSET_WORDS = "expected processors such as 0-3,8"
+IO_WORDS = "expected MAJ:MIN:KEY=N, such as 8:0:rbps=100M"
+HUGETLB_WORDS = "expected PAGESIZE:SIZE, such as 2M:1G"
+RDMA_WORDS = "expected DEVICE:KEY=N, such as mlx5_0:hca_handle=4"
 
 
 class BadLimit(ValueError):
@@ -119,11 +128,14 @@ def _parse_one(part: str) -> Iterator[Limit]:
 
 def size(text: str, part: str, least: int = 0) -> int:
     """Bytes, with a suffix K, M, G or T (powers of 1024)."""
-    match = re.fullmatch(r"([0-9]{1,18})([KMGTkmgt]?)i?B?", text)
-    if match is None or (found := int(match[1]) << SUFFIXES[match[2].upper()]) > MOST:
-        raise BadLimit(part[:64], "expected a size such as 512M or 8G")
+    if re.fullmatch(SIZE, text) is None:
+        raise BadLimit(part[:64], SIZE_WORDS)
+    digits, unit = text.rstrip("iB"), ""
+    if not digits[-1].isdigit():
+        digits, unit = digits[:-1], digits[-1].upper()
+    found = int(digits) << SUFFIXES[unit]
     if found < least:
-        raise BadLimit(part[:64], "less than 1M")
+        raise BadLimit(part[:64], LEAST_WORDS)
     return found
 
 
@@ -143,10 +155,10 @@ def _swap(value: str, part: str) -> Iterator[Limit]:
 
 def _cpu(value: str, part: str) -> Iterator[Limit]:
     if re.fullmatch(r"[0-9]{1,5}(\.[0-9]{1,3})?", value) is None:
-        raise BadLimit(part[:64], "expected a number of processors such as 2 or 0.5")
+        raise BadLimit(part[:64], CPU_WORDS)
     quota = round(float(value) * CPU_PERIOD_US)
     if quota < LEAST_CPU_US:
-        raise BadLimit(part[:64], "less than 0.01 of a processor")
+        raise BadLimit(part[:64], LEAST_CPU_WORDS)
     yield Limit("cpu.max", "", quota, part)
 
 
@@ -154,7 +166,7 @@ def _cpuset(value: str, part: str) -> Iterator[Limit]:
     try:
         cpus = cpu_list(value)
     except ValueError:
-        raise BadLimit(part[:64], "expected processors such as 0-3,8") from None
+        raise BadLimit(part[:64], CPUSET_WORDS) from None
     yield Limit("cpuset.cpus", "", 0, part, cpus)
 
 
@@ -166,7 +178,7 @@ def cpu_list(text: str) -> frozenset[int]:
         if match is None:
             raise ValueError(piece)
         low, high = int(match[1]), int(match[2] or match[1])
-        if low > high or high >= CPU_COUNT:
+        if low > high:
             raise ValueError(piece)
         cpus.update(range(low, high + 1))
     return frozenset(cpus)
@@ -179,7 +191,7 @@ def _pids(value: str, part: str) -> Iterator[Limit]:
 def _io(value: str, part: str) -> Iterator[Limit]:
     match = re.fullmatch(r"([0-9]{1,4}:[0-9]{1,7}):(.+)", value)
     if match is None:
-        raise BadLimit(part[:64], "expected MAJ:MIN:KEY=N, such as 8:0:rbps=100M")
+        raise BadLimit(part[:64], IO_WORDS)
     for key, number in _pairs(match[2], IO_KEYS, part):
         amount = size(number, part) if key.endswith("bps") else _count(number, part)
         if amount == 0:
@@ -190,8 +202,8 @@ def _io(value: str, part: str) -> Iterator[Limit]:
 def _hugetlb(value: str, part: str) -> Iterator[Limit]:
     page, colon, amount = value.partition(":")
     if not colon:
-        raise BadLimit(part[:64], "expected PAGESIZE:SIZE, such as 2M:1G")
-    yield Limit(f"hugetlb.{_page_name(size(page, part, 1), part)}.max", "", size(amount, part), part)
+        raise BadLimit(part[:64], HUGETLB_WORDS)
+    yield Limit(f"hugetlb.{_page_name(size(page, part), part)}.max", "", size(amount, part), part)
 
 
 def _page_name(page_bytes: int, part: str) -> str:
@@ -205,7 +217,7 @@ def _page_name(page_bytes: int, part: str) -> str:
 def _rdma(value: str, part: str) -> Iterator[Limit]:
     match = re.fullmatch(r"([A-Za-z0-9_][A-Za-z0-9_.-]{0,62}):(.+)", value)
     if match is None:
-        raise BadLimit(part[:64], "expected DEVICE:KEY=N, such as mlx5_0:hca_handle=4")
+        raise BadLimit(part[:64], RDMA_WORDS)
     for key, number in _pairs(match[2], RDMA_KEYS, part):
         yield Limit("rdma.max", f"{match[1]} {key}", _count(number, part), f"rdma={match[1]}:{key}={number}")
 
@@ -228,6 +240,7 @@ _READERS = {
     "hugetlb": _hugetlb,
     "rdma": _rdma,
 }
+NAMES = tuple(_READERS)
 
 # ---------------------------------------------------------------- what the site says
 

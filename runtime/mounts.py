@@ -22,11 +22,20 @@ PATH_LIMIT = 4095
 WORDS = ("tmpfs", "devpts", "umount")
 SOURCE_WORDS = 'mount source must be a relative path (./…), an absolute path, "tmpfs", "devpts" or "umount"'
 TARGET_WORDS = "mount target must be an absolute path"
+BACKSLASH_WORDS = "a backslash goes before a comma, a colon or a backslash"
 ESCAPE_WORDS = "mount target leads out of the container (Cross-device link)"
 
 _ACCESS = {"ro": True, "rw": False}
 PROPAGATION = ("private", "rprivate", "slave", "rslave", "shared", "rshared", "unbindable", "runbindable")
 _CREATE = ("x-create=auto", "x-create=dir", "x-create=file")
+# Of each family of flags a mount takes one.
+FAMILIES = (
+    tuple(_ACCESS),
+    PROPAGATION,
+    ("exec", "noexec"),
+    ("noatime", "relatime", "strictatime"),
+    _CREATE,
+)
 # Without effect: what holds anyway, what the kernel leaves to the node, or what mount(8) itself does nothing about.
 # A source always comes with what is mounted below it: without, files would appear that the node has hidden.
 _SILENT = (
@@ -137,24 +146,17 @@ def _check_path(path: str, words: str, entry: str) -> None:
 
 def _parse_flags(text: str, kind: str, entry: str) -> tuple[bool | None, tuple[str, ...]]:
     """Flags to (read_only, the others)."""
-    read_only: bool | None = None
-    options: dict[str, None] = {}
-    for flag in text.split("+") if text else []:
-        if flag in _ACCESS:
-            read_only = _once(read_only, _ACCESS[flag], "ro and rw", entry)
-        elif flag in _FLAGS or _is_tmpfs_value(flag, kind):
-            options[flag] = None
-        elif flag not in _SILENT:
+    flags = text.split("+") if text else []
+    for flag in flags:
+        if flag not in ALL_FLAGS and not _is_tmpfs_value(flag, kind):
             raise errors.bad_mount_syntax(entry, f"unknown flag '{flag}'" if flag else "empty flag")
-    for family in (
-        PROPAGATION,
-        ("exec", "noexec"),
-        ("noatime", "relatime", "strictatime"),
-        _CREATE,
-        *((f"{k}=",) for k in TMPFS_VALUES),
-    ):
-        _one_of(family, options, entry)
-    return read_only, tuple(options)
+    for family in FAMILIES:
+        _one_of([flag for flag in dict.fromkeys(flags) if flag in family], entry)
+    for name in TMPFS_VALUES:
+        _one_of([flag for flag in flags if flag.startswith(f"{name}=")], entry)
+    access = [_ACCESS[flag] for flag in flags if flag in _ACCESS]
+    options = dict.fromkeys(flag for flag in flags if flag not in _ACCESS and flag not in _SILENT)
+    return access[0] if access else None, tuple(options)
 
 
 def _is_tmpfs_value(flag: str, kind: str) -> bool:
@@ -164,14 +166,7 @@ def _is_tmpfs_value(flag: str, kind: str) -> bool:
     return re.fullmatch(TMPFS_VALUES[name], value) is not None
 
 
-def _once(before: bool | None, now: bool, words: str, entry: str) -> bool:
-    if before is not None and before is not now:
-        raise errors.bad_mount_syntax(entry, f"{words} together")
-    return now
-
-
-def _one_of(family: Sequence[str], options: dict[str, None], entry: str) -> None:
-    given = [o for o in options if o in family or (family[0].endswith("=") and o.startswith(family[0]))]
+def _one_of(given: Sequence[str], entry: str) -> None:
     if len(given) > 1:
         raise errors.bad_mount_syntax(entry, f"{' and '.join(given)} together")
 
@@ -182,7 +177,7 @@ def _split(text: str, separator: str, entry: str) -> list[str]:
     while i < len(text):
         if text[i] == "\\":
             if text[i + 1 : i + 2] not in (",", ":", "\\"):
-                raise errors.bad_mount_syntax(entry, r"a backslash goes before a comma, a colon or a backslash")
+                raise errors.bad_mount_syntax(entry, BACKSLASH_WORDS)
             i += 1
         elif text[i] == separator:
             parts.append(text[start:i])

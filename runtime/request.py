@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 
 from enclos.runtime import early, errors, limits, mounts
 from enclos.runtime.devices import cdi
-from enclos.runtime.early import NAMESPACES, RDMA
+from enclos.runtime.early import NAME_BYTES, NAMESPACES, PATH_BYTES, RDMA
 from enclos.runtime.images.reference import is_path
 from enclos.runtime.mounts import Mount
 from enclos.runtime.settings import INTERFACE_VARIABLES, VISIBLE_VARIABLES
@@ -23,8 +23,6 @@ INTERACTIVE_STEP = 4294967290
 
 GROUP_LIMIT = 65536
 NAME_LIMIT = 1024
-CONTAINER_NAME_BYTES = 128
-PATH_LIMIT = 4095
 VALUE_LIMIT = 4096
 TASK_LIMIT = 65536
 _ID_MAX = 2**32 - 2
@@ -207,7 +205,7 @@ def _numbers(text: str) -> tuple[int, ...]:
 def _path(fields: Fields, key: str) -> str:
     """A path that slurmstepd gave, or ""."""
     text = _last(fields, key)
-    if text and (not text.startswith("/") or len(text.encode("utf-8", "surrogateescape")) > PATH_LIMIT):
+    if text and (not text.startswith("/") or len(text.encode("utf-8", "surrogateescape")) > PATH_BYTES):
         raise errors.bad_request(f"{key}={text[:32]}")
     return text
 
@@ -215,7 +213,7 @@ def _path(fields: Fields, key: str) -> str:
 def _lenient_path(fields: Fields, key: str) -> str:
     """A path from the job's environment, where anything may stand; "" if it is no path."""
     text = _last(fields, key)
-    return text if text.startswith("/") and len(text.encode("utf-8", "surrogateescape")) <= PATH_LIMIT else ""
+    return text if text.startswith("/") and len(text.encode("utf-8", "surrogateescape")) <= PATH_BYTES else ""
 
 
 # ---------------------------------------------------------------- options of the user
@@ -235,8 +233,8 @@ def _option(fields: Fields, name: str) -> str:
 
 
 def _checked(path: str, name: str) -> str:
-    if len(path.encode("utf-8", "surrogateescape")) > PATH_LIMIT:
-        raise errors.bad_option(name, path[:32] + "…", f"longer than {PATH_LIMIT} bytes")
+    if len(path.encode("utf-8", "surrogateescape")) > PATH_BYTES:
+        raise errors.bad_option(name, path[:32] + "…", f"longer than {PATH_BYTES} bytes")
     return path
 
 
@@ -247,11 +245,11 @@ def _container_name(fields: Fields) -> tuple[str, str]:
         return "", ""
     name, _, flag = text.partition(":")
     size = len(name.encode("utf-8", "surrogateescape"))
-    if not 0 < size <= CONTAINER_NAME_BYTES or "/" in name or not name.isprintable():
-        wanted = f"a name has 1 to {CONTAINER_NAME_BYTES} bytes, and no slash or control character"
-        raise errors.bad_option("name", text[:CONTAINER_NAME_BYTES], wanted if name else "empty name")
+    if not 0 < size <= NAME_BYTES or "/" in name or not name.isprintable():
+        wanted = f"a name has 1 to {NAME_BYTES} bytes, and no slash or control character"
+        raise errors.bad_option("name", text[:NAME_BYTES], wanted if name else "empty name")
     if (flag or "auto") not in early.NAME_FLAGS:
-        raise errors.bad_option("name", text[: 2 * CONTAINER_NAME_BYTES], early.NAME[-1].words)
+        raise errors.bad_option("name", text[: 2 * NAME_BYTES], early.NAME[-1].words)
     return name, flag or "auto"
 
 

@@ -20,7 +20,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field, fields
 from typing import Any, TypeVar
 
-from enclos.runtime import early
+from enclos.runtime import early, early_limits, early_mounts
 from enclos.runtime.early import Check
 from enclos.runtime.kinds import Amount, Block, Choice, Flag, Kind, Number, Several, SiteLimit, SiteMount, Size, Text
 
@@ -507,7 +507,7 @@ OPTIONS: tuple[Option, ...] = (
         "SRC alone is mounted at the same place. SRC is looked up on the compute node with your rights; "
         "./SRC starts at the step's working directory. tmpfs:DST gives an empty directory in memory, "
         "devpts:DST terminals of the container's own, umount:DST takes away what is mounted at DST.",
-        checks=early.MOUNTS,
+        checks=early_mounts.MOUNTS,
     ),
     option(
         "profile",
@@ -619,7 +619,7 @@ OPTIONS: tuple[Option, ...] = (
         "threads), io=8:0:rbps=100M:wiops=50 (rbps, wbps, riops, wiops of a disk), hugetlb=2M:1G (of a page "
         "size), rdma=mlx5_0:hca_handle=4:hca_object=1000. Each is for all tasks of the step on one node together.",
         pyxis=False,
-        checks=early.LIMIT,
+        checks=early_limits.LIMIT,
     ),
     option(
         "network",

@@ -8,7 +8,6 @@
 #include "enclos.h"
 
 #include <limits.h>
-#include <regex.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -55,39 +54,6 @@ static int find_key(const char *key)
 			return i;
 	}
 	return -1;
-}
-
-/* ---- checks of single values: a row's patterns ---- */
-
-/* A pattern that cannot be used refuses nothing: the agent checks everything again. */
-static bool matches(const struct enclos_check *check, const char *value)
-{
-	regex_t pattern;
-	char *copy = strdup(value), *rest = copy, *part;
-	bool all = true;
-
-	if (copy == NULL || (check->each && strchr(value, '\\') != NULL) ||
-	    regcomp(&pattern, check->pattern, REG_EXTENDED | REG_NOSUB) != 0) {
-		free(copy);
-		return true;
-	}
-	while (all && (part = check->each ? strsep(&rest, ",") : rest) != NULL) {
-		all = regexec(&pattern, part, 0, NULL, 0) != REG_NOMATCH;
-		rest = check->each ? rest : NULL;
-	}
-	regfree(&pattern);
-	free(copy);
-	return all;
-}
-
-/* What is wrong with the value, or NULL. */
-static const char *check_value(const struct enclos_check *check, const char *value)
-{
-	for (; check != NULL && check->pattern != NULL; check++) {
-		if (!matches(check, value))
-			return check->words;
-	}
-	return NULL;
 }
 
 /* ---- Slurm's callback ---- */
@@ -144,7 +110,7 @@ static const char *shown(const char *value)
 static int choose_local(int index, const char *value)
 {
 	const struct enclos_option_row *row = row_at(index);
-	const char *wrong = check_value(row->checks, value);
+	const char *wrong = checks_refusal(row->checks, value);
 
 	if (wrong != NULL) {
 		slurm_error("enclos: --%s=%s: %s", row->name, shown(value), wrong);
@@ -287,7 +253,7 @@ static void take_variable(int index, const char *variable, const char *value)
 	char name[256];
 
 	if (row->has_arg)
-		wrong = check_value(row->checks, value);
+		wrong = checks_refusal(row->checks, value);
 	else if (!flag_row(index, value, &index))
 		wrong = "neither yes nor no";
 	if (wrong != NULL) {
@@ -409,15 +375,37 @@ static int expand_profile(void)
 	return 0;
 }
 
+/* What the step gets of an option: its own, else the profile's, else what was inherited. For the caller to free. */
+static char *settled(const char *key)
+{
+	int index = find_key(key);
+	char *given = on_command_line(index) ? NULL : profile_value(row_at(index)->name);
+
+	return given != NULL || chosen[index] == NULL ? given : strdup(chosen[index]);
+}
+
+/* --container-unshare=net means a network: none. */
+static int check_networks(void)
+{
+	char *unshare = settled("unshare"), *network = settled("network"), *rest = unshare, *name;
+	bool against = false;
+
+	while (network != NULL && strcmp(network, "none") != 0 && rest != NULL && (name = strsep(&rest, ",")) != NULL)
+		against |= strcmp(name, "net") == 0;
+	if (against)
+		slurm_error("enclos: --container-unshare=net: cannot be combined with --container-network=%s", network);
+	free(unshare);
+	free(network);
+	return against ? -1 : 0;
+}
+
 /* Of srun alone: a batch script's steps begin later, and each asks for itself. */
 static int settle_image(void)
 {
-	int index = find_key("image");
-	char *given = on_command_line(index) ? NULL : profile_value(row_at(index)->name);
-	const char *image = given != NULL ? given : chosen[index];
+	char *image = settled("image");
 	bool refused = spank_context() == S_CTX_LOCAL && image != NULL && !pin_image(image);
 
-	free(given);
+	free(image);
 	return refused ? -1 : 0;
 }
 
@@ -432,7 +420,8 @@ static void tell_prologs(spank_t spank)
 
 int options_check_local(spank_t spank)
 {
-	if (settle_flags() != 0 || expand_profile() != 0 || check_image_given() != 0 || settle_image() != 0)
+	if (settle_flags() != 0 || expand_profile() != 0 || check_image_given() != 0 || check_networks() != 0 ||
+	    settle_image() != 0)
 		return -1;
 	tell_prologs(spank);
 	/* With het steps Slurm goes through the options once per component. */

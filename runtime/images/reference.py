@@ -137,12 +137,12 @@ def _remote(text: str, rest: str, default_registry: str) -> Reference:
     if at and _USER.fullmatch(user) is None:
         raise BadReference("the user before @ has characters that none has")
     registry, name = _split_registry(rest, text.startswith("docker://"), default_registry)
-    name, tag = _split_tag(name)
+    name, colon, tag = name.rpartition(":") if ":" in name else (name, "", "")
     if _REGISTRY.fullmatch(registry) is None:
         raise BadReference(f"'{registry}' is no name of a registry")
     if _NAME.fullmatch(name) is None or len(name) > 255:
         raise BadReference(f"'{name}' is no name in a registry")
-    if tag and _TAG.fullmatch(tag) is None:
+    if colon and _TAG.fullmatch(tag) is None:
         raise BadReference(f"'{tag}' is no tag")
     if registry in ("index.docker.io", "registry-1.docker.io"):
         registry = DOCKER_HUB
@@ -172,7 +172,3 @@ def _split_registry(rest: str, has_scheme: bool, default_registry: str) -> tuple
 def _is_registry(first: str) -> bool:
     return "." in first or ":" in first or first == "localhost"
 
-
-def _split_tag(name: str) -> tuple[str, str]:
-    before, colon, tag = name.rpartition(":")
-    return (before, tag) if colon else (name, "")

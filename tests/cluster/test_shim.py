@@ -236,6 +236,46 @@ def test_srun_refuses_at_once(cluster: Cluster, word: str, options: list[str], l
     assert job_count(cluster) == jobs, "a job was made all the same"
 
 
+# One of each kind; tests/unit/test_early.py has all of them.
+REFUSED = [
+    ("image=docker://Debian:12", "neither a path (/…, ./…) nor a name in a registry (docker://REGISTRY/NAME:TAG)"),
+    ("mounts=/a:/b:ro+rw", "invalid format: ro and rw exclude each other"),
+    ("mounts=/a\\b:/c", "invalid format: a backslash goes before a comma, a colon or a backslash"),
+    ("mounts=tmpfs:/t:size=lots", "unknown flag of a mount, or no value for it"),
+    ("limit=memory=8Q", "expected a size such as 512M or 8G"),
+    ("limit=cpuset=3-1", "expected processors such as 0-3,8"),
+    ("limit=pids=1,pids=2", "given twice"),
+    ("network=Blue net", "no such network (job, host or none)"),
+    ("rdma=mlx5_*", "invalid format: expected auto, none, names of RDMA devices or how many (1 to 99)"),
+    ("device=acme/fpga", "invalid format: expected VENDOR/CLASS=NAME, or VENDOR/CLASS=all"),
+    ("unshare=pid", "pid is not possible: tasks are started by Slurm, and no process can join a pid namespace"),
+    ("name=a:sometimes", 'flag must be "auto", "create", "exec" or "no_exec"'),
+    ("save=/tmp/", "target is a directory"),
+    ("env=A=1", "invalid format: not a list of names of variables"),
+]
+
+
+@pytest.mark.parametrize("command", ["srun", "sbatch", "salloc"])
+def test_each_command_refuses_bad_values_at_once(cluster: Cluster, command: str) -> None:
+    jobs = job_count(cluster)
+    for option, words in REFUSED:
+        image = [] if option.startswith("image") else ["--container-image=/x"]
+        rest = ["--wrap=true"] if command == "sbatch" else ["true"]
+        done = cluster.run([command, *image, f"--container-{option}", *rest], "usera")
+        assert own_lines(done.stderr) == [f"enclos: --container-{option}: {words}"], option
+        assert done.returncode != 0, option
+    options = ["--container-image=/x", "--container-unshare=ipc,net", "--container-network=job"]
+    done = cluster.run([command, *options, *rest], "usera")
+    line = "enclos: --container-unshare=net: cannot be combined with --container-network=job"
+    assert own_lines(done.stderr) == [line]
+    done = cluster.run([command, "--container-profile=absent", *rest], "usera")
+    assert [line.split(" (")[0] for line in own_lines(done.stderr)][:1] == [
+        "enclos: --container-profile=absent: profile not found"
+    ]
+    assert done.returncode != 0
+    assert job_count(cluster) == jobs, "a job was made all the same"
+
+
 def test_bad_variable_is_named(cluster: Cluster) -> None:
     done = srun(cluster, "--container-image=/x", "true", ENCLOS_CONTAINER_NETWORK="blue")
     assert own_lines(done.stderr) == ["enclos: ENCLOS_CONTAINER_NETWORK=blue: no such network (job, host or none)"]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 
 import pytest
-from enclos.runtime import early, errors, limits, policy
+from enclos.runtime import errors, policy
 from enclos.runtime.config import parse as parse_config
 from enclos.runtime.limits import BadLimit, Limit, SiteLimits, combine, parse, parse_site
 from enclos.runtime.request import parse as parse_request
@@ -42,7 +42,7 @@ def test_a_list_of_processors_goes_on_behind_a_comma() -> None:
     "text",
     [
         *("", ",", "memory", "memory=", "memory=8X", "memory=-1", "memory=8G,,pids=1", "memory=1.5G", "memory=512K"),
-        *("memory=99999999999T", "cpu=0", "cpu=0.001", "cpu=two", "cpuset=3-1", "cpuset=a", "cpuset=9999"),
+        *("memory=99999999999T", "cpu=0", "cpu=0.001", "cpu=two", "cpuset=3-1", "cpuset=a", "cpuset=12345"),
         *("pids=0", "pids=many", "io=8:0", "io=8:0:rbps", "io=8:0:rbps=0", "io=sda:rbps=1", "io=8:0:speed=1"),
         *("hugetlb=1G", "hugetlb=3:1G", "hugetlb=x:1G", "rdma=mlx5_0", "rdma=../x:hca_handle=1", "rdma=a:hca_qp=1"),
         *("8,cpuset=1", "disk=1G", "memory=1G,memory=2G", "pids=5,8"),
@@ -65,18 +65,7 @@ def test_any_text_is_read_or_refused_in_words(text: str) -> None:
     for limit in found:
         assert re.fullmatch(r"[a-z]+\.[A-Za-z0-9.]+", limit.file)
         assert re.fullmatch(r"|[A-Za-z0-9_.:-]+ [a-z_]+", limit.field)
-        assert 0 <= limit.value <= limits.MOST
-
-
-@given(st.from_regex(r"(memory=[1-9]G|cpuset=[0-9](,[0-9])?|pids=[1-9])", fullmatch=True))
-def test_srun_refuses_nothing_that_the_agent_takes(text: str) -> None:
-    assert parse(text)
-    assert not any(check.refuses(text) for check in early.LIMIT)
-
-
-@pytest.mark.parametrize("text", ["disk=1G", "memory", "memory=1G,x", ""])
-def test_srun_refuses_at_once(text: str) -> None:
-    assert any(check.refuses(text) for check in early.LIMIT)
+        assert 0 <= limit.value < 1 << 62
 
 
 # ---------------------------------------------------------------- the site
