@@ -456,6 +456,7 @@ def store_full(reference: str) -> EnclosError:
         _image(reference),
         "no space left for images",
         "disk or quota is full",
+        "in a store of yours: 'enclos image rm' and 'enclos image gc'; "
         f"{ADMIN}imports.cache_directory and imports.cache_size in enclos.yaml",
     )
 

@@ -211,7 +211,8 @@ class Imports:
     cache_size: str = setting(
         "100G",
         Amount(),
-        "Most that the cache may hold. Images that were not used for longest go first, those in use stay.",
+        "Most that the cache may hold. Images that were not used for longest go first, those in use stay. A larger "
+        "image is refused.",
     )
     deadline_seconds: int = setting(3600, Number(10, 86400), "Seconds that an import may take.")
     slots: int = setting(4, Number(1, 64), "Imports that a node makes at the same time; others wait.")

@@ -211,8 +211,11 @@ def _import_file(work: Work, name: str) -> int:
             image = store.find(digest)
             if image is None:
                 target = f"{store.work.directory}/{os.getpid()}.part"
-                with open(target, "xb") as copy:
+                with open(target, "xb") as copy, contextlib.ExitStack() as undo:
+                    undo.callback(os.unlink, target)
                     shutil.copyfileobj(source, copy, 1 << 20)
+                    copy.flush()
+                    undo.pop_all()
                 image = store.add(digest, f"file:{os.path.abspath(path)}", target, "")
         store.name(name, digest)
     return _say(work, f"{name}: {digest}, {size(image.bytes)}", _as_json("own", store, image))

@@ -16,8 +16,10 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 import os
 import shutil
+import time
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import replace
@@ -28,6 +30,7 @@ log = logging.getLogger("enclosd")
 
 LOOP_DEVICES = "/sys/block"
 VERIFIED_MODE = 0o700
+WORK_SECONDS = 86400
 
 
 class Cache:
@@ -40,10 +43,14 @@ class Cache:
         self._held: Counter[str] = Counter()
 
     def open(self) -> None:
-        """Make the directories, and remove what an import before this agent left unnamed. Raises OSError."""
+        """Make the directories, and remove what imports before this agent left. Raises OSError.
+
+        Layers that they had fetched stay for a day: whoever asks again goes on with them.
+        """
         self.store.make()
         os.makedirs(self._verified, VERIFIED_MODE, exist_ok=True)
         self.remove_unnamed()
+        self.remove_old_work()
         for name in os.listdir(f"{self.store.directory}/parts"):
             if name.endswith(UNFINISHED):
                 os.unlink(f"{self.store.directory}/parts/{name}")
@@ -97,24 +104,33 @@ class Cache:
         self._held.subtract(part.key for part in record.parts)
         self._held += Counter()
 
-    def make_room(self, working: Iterable[str] = ()) -> None:
-        """Remove images until the cache is within its limit: those whose last use is longest ago, none in use.
+    def make_room(self, working: Iterable[str] = (), coming: int = 0) -> None:
+        """Remove images until there is room: those whose last use is longest ago, none in use.
 
         Args:
             working: digests of imports under way; the blobs of others are what interrupted ones left, and go first.
+            coming: bytes that will be written next. Without these the limit alone counts, with them the disk, too.
         """
-        if self.used_bytes() <= self._limit:
+        if self._has_room(coming):
             return
         self._remove_work(set(working))
         in_use = set(self._held) | self._mounted()
         for record in sorted(self.records(), key=self._last_use):
-            if self.used_bytes() <= self._limit:
+            if self._has_room(coming):
                 return
             if any(part.key in in_use for part in record.parts):
                 continue
             log.info("image=%s removed from the cache, to make room", record.digest)
             self.store.remove(record.digest)
             self.remove_unnamed()
+
+    def _has_room(self, coming: int) -> bool:
+        return self.used_bytes() + coming <= self._limit and coming <= self.free_bytes()
+
+    def free_bytes(self) -> int:
+        """What is left of the disk."""
+        status = os.statvfs(self.store.directory)
+        return status.f_bavail * status.f_frsize
 
     def remove(self, record: ImageRecord) -> None:
         """Remove an image that is damaged, with those of its parts that no other has."""
@@ -123,12 +139,11 @@ class Cache:
 
     def used_bytes(self) -> int:
         """What the files of the cache take on disk."""
-        total = 0
-        for directory, _, files in os.walk(self.store.directory):
-            for name in files:
-                with contextlib.suppress(FileNotFoundError):
-                    total += os.lstat(f"{directory}/{name}").st_blocks * 512
-        return total
+        return _bytes_below(self.store.directory)
+
+    def fetched_bytes(self, digest: str, uid: int) -> int:
+        """What an import that was interrupted has on disk already."""
+        return _bytes_below(self.store.work_path(digest, uid))
 
     def _last_use(self, record: ImageRecord) -> float:
         try:
@@ -157,10 +172,15 @@ class Cache:
                 with contextlib.suppress(FileNotFoundError):
                     os.unlink(f"{self.store.directory}/images/{name}")
 
-    def _remove_work(self, working: set[str]) -> None:
+    def remove_old_work(self, working: Iterable[str] = ()) -> None:
+        """Remove the blobs of interrupted imports that nobody has taken up again for a day."""
+        self._remove_work(set(working), time.time() - WORK_SECONDS)
+
+    def _remove_work(self, working: set[str], before: float = math.inf) -> None:
         for name in os.listdir(f"{self.store.directory}/work"):
-            if f"sha256:{name.partition('.')[0]}" not in working:
-                shutil.rmtree(f"{self.store.directory}/work/{name}", ignore_errors=True)
+            path = f"{self.store.directory}/work/{name}"
+            if f"sha256:{name.partition('.')[0]}" not in working and _last_change(path) < before:
+                shutil.rmtree(path, ignore_errors=True)
 
     def keep_parts(self, keys: Iterable[str]) -> None:
         """Hold parts that an import has made and no record names yet."""
@@ -201,3 +221,21 @@ class Cache:
                 return file.read(256)
         except OSError:
             return ""
+
+
+def _bytes_below(path: str) -> int:
+    total = 0
+    for directory, _, files in os.walk(path):
+        for name in files:
+            with contextlib.suppress(FileNotFoundError):
+                total += os.lstat(f"{directory}/{name}").st_blocks * 512
+    return total
+
+
+def _last_change(work: str) -> float:
+    """When a work directory got its last blob; 0 for one that has none."""
+    times = [0.0]
+    for path in (work, f"{work}/blobs/sha256"):
+        with contextlib.suppress(OSError):
+            times.append(os.lstat(path).st_mtime)
+    return max(times)

@@ -159,7 +159,11 @@ class FileStore:
         _sync(path)
         os.rename(path, self.image_path(digest))
         fields = {key: value for key, value in asdict(image).items() if key != "names"}
-        self._write(self.record_path(digest), json.dumps({"format": FORMAT, **fields}))
+        try:
+            self._write(self.record_path(digest), json.dumps({"format": FORMAT, **fields}))
+        except OSError:
+            os.unlink(self.image_path(digest))
+            raise
         _sync(f"{self.directory}/images")
         return image
 
@@ -168,8 +172,7 @@ class FileStore:
         self._write(f"{self.directory}/names/{_file_name(name)}", f"{digest}\n")
 
     def remove_name(self, name: str) -> None:
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(f"{self.directory}/names/{_file_name(name)}")
+        _remove(f"{self.directory}/names/{_file_name(name)}")
 
     def remove(self, digest: str) -> None:
         """Forget an image and its names; steps that have its file open go on."""
@@ -177,8 +180,7 @@ class FileStore:
             if self.digest_of(name) == digest:
                 self.remove_name(name)
         for path in (self.record_path(digest), self.image_path(digest)):
-            with contextlib.suppress(FileNotFoundError):
-                os.unlink(path)
+            _remove(path)
 
     def collect(self, older_than: float) -> list[str]:
         """Remove images without a name, those not used for so many seconds, and what interrupted pulls left.
@@ -230,11 +232,14 @@ class FileStore:
 
     def _write(self, path: str, text: str) -> None:
         temporary = f"{path}.{os.getpid()}.new"
-        with open(temporary, "w") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.rename(temporary, path)
+        with contextlib.ExitStack() as undo:
+            undo.callback(_remove, temporary)
+            with open(temporary, "w") as file:
+                file.write(text)
+                file.flush()
+                os.fsync(file.fileno())
+            os.rename(temporary, path)
+            undo.pop_all()
 
 
 def checksum(path: str) -> str:
@@ -254,6 +259,11 @@ def _file_name(name: str) -> str:
     if not 0 < len(quoted) <= 250:
         raise ValueError(f"a name of {len(quoted)} characters")
     return quoted
+
+
+def _remove(path: str) -> None:
+    with contextlib.suppress(FileNotFoundError):
+        os.unlink(path)
 
 
 def _list(directory: str) -> list[str]:

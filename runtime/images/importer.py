@@ -378,6 +378,7 @@ class Build:
         self._arrived: set[str] = set() if fetcher is not None else everything
         self._converting: dict[Sandbox, tuple[int, int]] = {}
         self._config = config
+        self._made = 0
 
     def run(self) -> str:
         """Make all parts that are wanted; the image's configuration."""
@@ -436,9 +437,14 @@ class Build:
                 blobs.append(fd)
                 layers.append(Layer(functools.partial(os.dup, fd), layer.digest, offset, size))
             job = job_convert(order, layers, index == 0, output_fd)
-            rights = Rights(order.slot, False, order.memory, order.limits.bytes, own=order.own)
+            rights = Rights(order.slot, False, order.memory, self._room(), own=order.own)
             running = self._importer._start("convert", job, rights, fds=[output_fd, *blobs])
             self._converting[running] = (index, os.dup(output_fd))
+
+    def _room(self) -> int:
+        """Bytes that the next file may have. Those that are made beside it are counted when they are finished."""
+        order = self._order
+        return min(order.limits.bytes, order.room - self._made) if order.room else order.limits.bytes
 
     def _hear_converter(self, running: Sandbox) -> None:
         message = self._importer.message_of(running)
@@ -454,6 +460,9 @@ class Build:
             size, digest = finish_part(self._importer._store, output_fd, self._keys[index], own=self._order.own)
         finally:
             os.close(output_fd)
+        self._made += size
+        if self._order.room and self._made > self._order.room:
+            raise _too_large(self._order)
         self._importer._tell("part", ("key", self._keys[index]), ("bytes", str(size)), ("sha256", digest))
         left = len(self._waiting) + len(self._converting)
         self._importer._tell("progress", ("text", f"{self._total - left} of {self._total} parts"))
@@ -483,8 +492,13 @@ def job_convert(
             detail = f"its names need more than {order.memory} bytes of memory"
             protocol.send(channel, errors.image_too_large(order.image, detail, "imports.memory").fields())
         except PackFailed as error:
-            full = _is_full(output_fd)
-            failed = errors.store_full(order.image) if full else errors.import_failed(order.image, str(error))
+            match _why_it_stops(output_fd):
+                case errno.ENOSPC | errno.EDQUOT:
+                    failed = errors.store_full(order.image)
+                case errno.EFBIG:
+                    failed = _too_large(order)
+                case _:
+                    failed = errors.import_failed(order.image, str(error))
             protocol.send(channel, failed.fields())
         else:
             protocol.send(channel, [("state", "packed")])
@@ -492,13 +506,21 @@ def job_convert(
     return run
 
 
-def _is_full(fd: int) -> bool:
-    """Whether the disk or a quota was the reason: tar2sqfs only says "I/O error"."""
+def _why_it_stops(fd: int) -> int:
+    """What the kernel says to more bytes of a file, 0 if it takes them: tar2sqfs only says "I/O error"."""
+    more, end = bytes(1 << 20), os.fstat(fd).st_size
     try:
-        os.pwrite(fd, bytes(1 << 20), os.fstat(fd).st_size)
+        if (written := os.pwrite(fd, more, end)) < len(more):
+            os.pwrite(fd, more, end + written)
     except OSError as error:
-        return error.errno in (errno.ENOSPC, errno.EDQUOT)
-    return False
+        return error.errno or 0
+    return 0
+
+
+def _too_large(order: Order) -> errors.EnclosError:
+    """The squashfs files of an image do not fit into the cache; in a store without a limit, one is beyond the other."""
+    limit, setting = (order.room, "imports.cache_size") if order.room else (order.limits.bytes, "imports.limit_bytes")
+    return errors.image_too_large(order.image, f"more than {limit} bytes on disk", setting)
 
 
 def finish_part(store: Store, output_fd: int, key: str, own: bool = False) -> tuple[int, str]:

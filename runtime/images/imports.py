@@ -219,7 +219,11 @@ class Imports:
         running.tell(f"importing {want.reference.text} ({len(resolved.layers)} layers, {size / 1e6:.0f} MB)")
         self.cache.keep_parts(reuse)
         made += [known[key] for key in reuse]
-        self.cache.make_room(self._running)
+        if want.reference.is_registry:
+            missing = [layer for key, group in zip(keys, groups, strict=True) if key not in reuse for layer in group]
+            self._make_room(want, resolved, sum(layer.bytes for layer in missing))
+        else:
+            self.cache.make_room(self._running)
         child.send([("state", "build"), *(("part", key) for key in reuse)])
         while True:
             with await child.receive() as message:
@@ -255,6 +259,28 @@ class Imports:
                  errors.printable(want.reference.text), record.digest, want.uid, len(resolved.layers), len(keys),
                  len(set(keys) - reuse), size, seconds)  # fmt: skip
         return record
+
+    def _make_room(self, want: Want, resolved: _Resolved, missing: int) -> None:
+        """Before a layer is fetched: is there, or can there be, room for all that are missing?
+
+        What the files of the image take is known when they are made, and bounded then (Order.room). Compressed as
+        layers of registries are, they take about as much.
+
+        Args:
+            missing: bytes of the layers that no file of the cache holds.
+
+        Raises:
+            EnclosError: image_too_large, store_full.
+        """
+        size, limit = sum(layer.bytes for layer in resolved.layers), amount(self._config.cache_size)
+        if size > limit:
+            detail = f"{size} bytes in its layers, {limit} in the node's cache"
+            raise errors.image_too_large(want.reference.text, detail, "imports.cache_size")
+        self.cache.remove_old_work(self._running)
+        coming = missing - self.cache.fetched_bytes(resolved.digest, want.uid)
+        self.cache.make_room(self._running, coming)
+        if coming > self.cache.free_bytes():
+            raise errors.store_full(want.reference.text)
 
     def _keys(self, groups: list[tuple[LayerInfo, ...]]) -> list[str]:
         return [
@@ -312,6 +338,7 @@ class Imports:
             memory=amount(self._config.memory),
             packing=self._packing,
             directory=want.directory,
+            room=amount(self._config.cache_size),
         )
 
 

@@ -30,7 +30,7 @@ class Order:
 
     `whole` wants one squashfs file of all layers instead of parts. `own` is the order of a user to his own importer,
     which is root in a namespace where nobody else is: there are no other ids to take. `directory` is where relative
-    paths of archives and layouts begin.
+    paths of archives and layouts begin. `room` bounds the bytes of all squashfs files of the image; 0: nothing does.
     """
 
     image: str
@@ -49,6 +49,7 @@ class Order:
     whole: bool = False
     own: bool = False
     directory: str = "/"
+    room: int = 0
 
     @classmethod
     def read(cls, message: Message) -> Order:
@@ -69,6 +70,7 @@ class Order:
             message.get("whole") == "1",
             message.get("own") == "1",
             message.get("directory", "/"),
+            message.number("room"),
         )
 
     def fields(self) -> list[tuple[str, str]]:
@@ -92,4 +94,5 @@ class Order:
             ("whole", str(int(self.whole))),
             ("own", str(int(self.own))),
             ("directory", self.directory),
+            ("room", str(self.room)),
         ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import os
 import re
@@ -311,6 +312,32 @@ def test_the_least_used_goes_and_what_is_in_use_stays(site: Cluster) -> None:
     assert len(lines(site, "imported in")) == before, "an image in use was evicted"
     site.run("scancel --user=usera")
     running.communicate(timeout=60)
+
+
+def test_an_image_that_is_larger_than_the_cache(site: Cluster) -> None:
+    """It is refused before a layer is fetched: nothing else goes for it, and nothing of it is left."""
+    small, _ = push(site, "fits")
+    assert run(site, small, "true").returncode == 0
+    before = cached(site)
+    large, _ = push(site, "large", noise=44 << 20)
+    done = run(site, large, "true")
+    text = r"image is larger than the site allows \(\d+ bytes in its layers, 41943040 in the node's cache\) on n1"
+    assert done.returncode == 1 and re.search(text, done.stderr), done.stderr
+    assert "imports.cache_size" in done.stderr
+    assert cached(site) == before
+
+
+@pytest.mark.parametrize(("name", "days"), [("old", 2), ("fresh", 0)])
+def test_layers_of_a_dead_import_are_kept_for_a_day(site: Cluster, name: str, days: int) -> None:
+    """An agent that starts removes older ones."""
+    work = site.layout.node_cache("n1") / "work" / (hashlib.sha256(name.encode()).hexdigest() + ".61001")
+    (work / "blobs/sha256").mkdir(parents=True)
+    (work / "blobs/sha256/layer").write_bytes(b"x")
+    for path in (work, work / "blobs/sha256"):
+        os.utime(path, (time.time() - days * 86400,) * 2)
+    site.restart_agent("n1")
+    assert work.exists() == (days == 0)
+    shutil.rmtree(work, ignore_errors=True)
 
 
 def test_an_mpi_job_from_a_registry(site: Cluster) -> None:

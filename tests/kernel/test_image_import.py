@@ -18,6 +18,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
+import quotas
 from enclos.runtime import protocol
 from enclos.runtime.images import sandbox
 from enclos.runtime.images.importer import finish_part
@@ -586,6 +587,37 @@ def test_a_full_disk(registry: Registry, tmp_path: Path) -> None:
         assert said == f"cannot write to the image cache {store.directory} (read-only file system)"
     finally:
         subprocess.run(["umount", str(small)], check=True)
+
+
+def test_a_full_quota(registry: Registry, tmp_path: Path) -> None:
+    """Both where a layer is written, and where the file is."""
+    write_layout(tmp_path / "layout", LAYERS)
+    registry.push(tmp_path / "layout", "quota")
+    os.chmod(tmp_path, 0o755)
+    with quotas.limited(tmp_path) as (folder, limit):
+        store = Store(str(folder / "store"))
+        store.make()
+        for size in ("10M", "45M"):
+            limit(size)
+            said = Import(f"docker://{registry.address}/quota:t", store).error()
+            assert said == "no space left for images (disk or quota is full)"
+            # The small layer's file may have been finished; the agent removes what it did not put on record.
+            assert (left(store)["images"], left(store)["work"]) == ([], []) and len(left(store)["parts"]) <= 1
+        limit("none")
+        imported(f"docker://{registry.address}/quota:t", store)
+
+
+def test_a_file_that_outgrows_the_cache(registry: Registry, store: Store, tmp_path: Path) -> None:
+    """Layers say what they take compressed; what comes of them is bounded as it is written."""
+    write_layout(tmp_path / "layout", LAYERS)
+    registry.push(tmp_path / "layout", "outgrows")
+    for room in (20 << 20, 30 << 20):
+        said = Import(f"docker://{registry.address}/outgrows:t", store, room=room).error()
+        assert said == f"image is larger than the site allows (more than {room} bytes on disk)"
+        assert left(store)["work"] == [] and left(store)["images"] == []
+    for name in left(store)["parts"]:
+        assert (Path(store.directory) / "parts" / name).stat().st_size < 1 << 20
+    imported(f"docker://{registry.address}/outgrows:t", store, room=40 << 20)
 
 
 def test_a_connection_that_ends_midway(store: Store, tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import quotas
 from enclos.runtime.cluster.nodes import closed_folder
 from enclos.runtime.images.filestore import FileStore
 from layers import Entry, layer, write_layout
@@ -190,6 +191,39 @@ def test_errors_leave_nothing(caller: Caller, words: list[str], text: str) -> No
     assert done.returncode == 1 and text in done.stderr, done.stderr
     assert done.stderr.startswith("enclos: ") and "Traceback" not in done.stderr
     assert files(caller.store) == []
+
+
+@pytest.fixture
+def folder() -> Iterator[Path]:
+    """One that everybody may write to; those of pytest are closed to others."""
+    with tempfile.TemporaryDirectory(prefix="enclos-pull-") as name:
+        os.chmod(name, 0o777)
+        yield Path(name)
+
+
+def test_a_full_quota(registry: Registry, folder: Path) -> None:
+    """A home with a quota: a line that says it, and nothing that fills it further. Room again, and it works."""
+    with quotas.limited(folder) as (home, limit):
+        os.chown(home, DAEMON, DAEMON)
+        caller = Caller(DAEMON, home / "store", registry)
+        file = folder / "big.sqsh"
+        for size in ("10M", "40M"):
+            limit(size)
+            done = caller.run("pull", "big:t")
+            assert done.returncode == 1, done.stderr
+            assert "enclos: big:t: no space left for images (disk or quota is full)\n" in done.stderr
+            assert "Traceback" not in done.stderr and files(caller.store) == []
+        limit("60M")
+        assert caller.run("pull", "big:t").returncode == 0
+        assert caller.run("export", "big:t", str(file)).returncode == 0
+        with open(file, "r+b") as changed:  # Another image, as to its digest.
+            changed.seek(0, os.SEEK_END)
+            changed.write(bytes(4096))
+        limit("30M")
+        before = files(caller.store)
+        done = caller.run("import", str(file), "other:t")
+        assert done.returncode == 1 and "cannot be used as a store of images (disk quota exceeded)" in done.stderr
+        assert files(caller.store) == before
 
 
 def test_several_at_once_fetch_it_once(caller: Caller) -> None:

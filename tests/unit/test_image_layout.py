@@ -93,3 +93,27 @@ def test_parts_where_unfinished_files_have_names(tmp_path: Path, monkeypatch: py
     assert os.listdir(tmp_path / "parts") == []
     for fd in (kept, dropped, again, killed):
         os.close(fd)
+
+
+def test_room_is_made_for_what_comes(tmp_path: Path) -> None:
+    """The limit counts, and the disk where it has less; what is in use stays."""
+    cache = Cache(str(tmp_path / "cache"), 100 << 20, str(tmp_path / "verified"))
+    cache.open()
+
+    def add(number: int) -> ImageRecord:
+        key = f"{number:064x}"
+        with open(cache.store.part_path(key), "wb") as file:
+            file.write(bytes(1 << 20))
+        record = ImageRecord(f"sha256:{key}", (Part(key, 1 << 20, key),))
+        cache.store.add(record)
+        os.utime(cache.store.record_path(record.digest), (number, number))
+        return record
+
+    records = [add(number) for number in range(1, 5)]
+    cache.hold(records[0])
+    cache.make_room((), 90 << 20)
+    assert len(cache.records()) == 4
+    cache.make_room((), 97 << 20)
+    assert {record.digest for record in cache.records()} == {records[0].digest, records[3].digest}
+    cache.make_room((), cache.free_bytes() + (1 << 30))
+    assert [record.digest for record in cache.records()] == [records[0].digest]
