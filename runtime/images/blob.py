@@ -14,6 +14,8 @@ import subprocess
 import threading
 from collections.abc import Callable
 
+from enclos.runtime import linux
+
 try:
     from isal import isal_zlib as inflate
 except ImportError:  # The same interface, at half the speed.
@@ -23,6 +25,7 @@ GZIP = b"\x1f\x8b"
 ZSTD = b"\x28\xb5\x2f\xfd"
 CHUNK = 1 << 18
 AHEAD = 8
+EVENT_BYTES = 4096
 ZSTD_COMMAND = ("zstd", "-dcq", "--no-check", "--memory=128MB")
 
 
@@ -75,12 +78,16 @@ class _Ahead:
 class Blob:
     """One blob, read from its start; `read` is what tar.Reader wants. `finish` has to be called."""
 
-    def __init__(self, fd: int, digest: str = "", offset: int = 0, size: int | None = None) -> None:
+    def __init__(
+        self, fd: int, digest: str = "", offset: int = 0, size: int | None = None, growing: bool = False
+    ) -> None:
         """Takes over the descriptor.
 
         Args:
             digest: `sha256:HEX` of the blob's bytes, "" for one that is not checked.
             offset, size: where it is in the file, in bytes; without a size, up to the end.
+            growing: it is being written, and will have `size` bytes: where they are not there yet, wait for them.
+                Whoever knows that they will not come has to end this process.
         """
         self._fd = fd
         self._digest = digest
@@ -91,7 +98,9 @@ class Blob:
         self._zstd: subprocess.Popen[bytes] | None = None
         self._feeder: threading.Thread | None = None
         self._room = 1 << 62 if size is None else size
-        os.lseek(fd, offset, os.SEEK_SET)
+        self._place = offset
+        self._watch_fd = linux.watch_writes(f"/proc/self/fd/{fd}") if growing else -1
+        self._await(4)
         magic = os.pread(fd, min(4, self._room), offset)
         if magic[:2] == GZIP:
             self._gzip = inflate.decompressobj(31)
@@ -131,12 +140,22 @@ class Blob:
             if self._feeder is not None:
                 self._feeder.join()
             self._zstd = None
-        if self._fd >= 0:
-            os.close(self._fd)
-            self._fd = -1
+        for fd in (self._fd, self._watch_fd):
+            if fd >= 0:
+                os.close(fd)
+        self._fd = self._watch_fd = -1
+
+    def _await(self, count: int) -> None:
+        """Of a blob that grows: until the next `count` bytes are there, or those that it still gets."""
+        if self._watch_fd >= 0:
+            wanted = self._place + min(count, self._room)
+            while os.fstat(self._fd).st_size < wanted:
+                os.read(self._watch_fd, EVENT_BYTES)
 
     def _raw(self) -> bytes:
-        data = os.read(self._fd, min(CHUNK, self._room))
+        self._await(CHUNK)
+        data = os.pread(self._fd, min(CHUNK, self._room), self._place)
+        self._place += len(data)
         self._room -= len(data)
         self._hash.update(data)
         return data

@@ -30,15 +30,17 @@ class PackFailed(OSError):
 
 @dataclass(frozen=True, slots=True)
 class Layer:
-    """A blob that is there: `open` gives a new descriptor of it, `digest` is what its bytes have to match.
+    """A blob: `open` gives a new descriptor of it, `digest` is what its bytes have to match.
 
-    `offset` and `bytes` say where it is in the file; without a number of bytes, it goes to the end.
+    `offset` and `bytes` say where it is in the file; without a number of bytes, it goes to the end. One that is
+    `growing` is still being written, and its number of bytes is known.
     """
 
     open: Callable[[], int]
     digest: str = ""
     offset: int = 0
     bytes: int | None = None
+    growing: bool = False
 
 
 class _Blobs:
@@ -53,7 +55,7 @@ class _Blobs:
 
     def _reader(self, layer: Layer) -> tar.Reader:
         self.finish()  # One at a time: the layer before has been read to its end of archive.
-        blob = Blob(layer.open(), layer.digest, layer.offset, layer.bytes)
+        blob = Blob(layer.open(), layer.digest, layer.offset, layer.bytes, layer.growing)
         self._open.append(blob)
         return tar.Reader(blob.read)
 

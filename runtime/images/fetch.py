@@ -4,7 +4,8 @@ Credentials, TLS, mirrors, signatures and the site's policy are skopeo's (contai
 containers-policy.json(5)). Runs in a sandbox with the node's network. Both jobs send packets to the importer:
 
     resolve    `resolved`: digest, layer=DIGEST SIZE (several), config=DIGEST SIZE
-    download   `blob` for each one that has arrived, then `config` with the image's configuration
+    download   `blob` for each one that has arrived, `growing` for the last one when it has begun to arrive, then
+               `config` with the image's configuration
     either     `error` with the parts of an EnclosError
 """
 
@@ -31,6 +32,7 @@ from enclos.runtime.protocol import send
 AUTH_FILE = "/tmp/auth.json"
 WORK = "/work"
 BLOBS = f"{WORK}/blobs/sha256"
+UNFINISHED = "oci-put-blob"  # How skopeo's names of blobs begin that it has not finished.
 AUTH_LIMIT_BYTES = 1 << 20
 OUTPUT_LIMIT = 1 << 16
 # skopeo's copy to an OCI layout keeps blobs as they are, and takes those that are there already for fetched.
@@ -176,24 +178,26 @@ def _check_size(reference: Reference, found: Manifest, limit_bytes: int) -> None
 
 def _download(channel: socket.socket, reference: Reference, layers: Sequence[LayerInfo], config: LayerInfo) -> None:
     os.makedirs(BLOBS, 0o700, exist_ok=True)
-    wanted = {layer.digest.partition(":")[2]: layer.bytes for layer in (*layers, config)}
-    _clear(wanted)
-    watch_fd = linux.watch_renames(BLOBS)
+    arrivals = _Arrivals(channel, layers, config)
+    _clear(arrivals.wanted)
+    watches = [linux.watch_directory(directory) for directory in (WORK, BLOBS)]
     command = ["skopeo", *COPY, "--src-authfile", AUTH_FILE, reference.canonical(), f"oci:{WORK}:image"]
     process = _start(command)
-    told: set[str] = set()
     assert process.stderr is not None
     messages = b""
-    with process, contextlib.closing(os.fdopen(watch_fd, "rb", 0)) as watch:
+    with process, contextlib.ExitStack() as stack:
         poller = select.poll()
-        poller.register(watch, select.POLLIN)
         poller.register(process.stderr, select.POLLIN)
-        _tell(channel, wanted, told)
+        for fd in watches:
+            stack.callback(os.close, fd)
+            poller.register(fd, select.POLLIN)
+        arrivals.tell()
         while True:
             ready = [fd for fd, _ in poller.poll()]
-            if watch.fileno() in ready:
-                watch.read(65536)
-                _tell(channel, wanted, told)
+            for fd in watches:
+                if fd in ready:
+                    os.read(fd, 65536)
+            arrivals.tell()
             if process.stderr.fileno() in ready:
                 text = os.read(process.stderr.fileno(), 4096)
                 messages = (messages + text)[-OUTPUT_LIMIT:]
@@ -201,7 +205,7 @@ def _download(channel: socket.socket, reference: Reference, layers: Sequence[Lay
                     break
     if process.returncode != 0:
         raise _worded(reference, messages.decode("utf-8", "replace"))
-    _tell(channel, wanted, told)
+    arrivals.tell()
     send(channel, [("state", "config"), ("text", _read_config(reference, config))])
 
 
@@ -211,18 +215,41 @@ def _clear(wanted: dict[str, int]) -> None:
     An empty file stands for a layer that is not needed: skopeo takes it for fetched.
     """
     for name in os.listdir(WORK):
-        if name.startswith("oci-put-blob"):
+        if name.startswith(UNFINISHED):
             os.unlink(f"{WORK}/{name}")
     for name in os.listdir(BLOBS):
         if os.stat(f"{BLOBS}/{name}").st_size not in (0, wanted.get(name, -1)):
             os.unlink(f"{BLOBS}/{name}")
 
 
-def _tell(channel: socket.socket, wanted: dict[str, int], told: set[str]) -> None:
-    for name in os.listdir(BLOBS):
-        if name in wanted and name not in told and os.stat(f"{BLOBS}/{name}").st_size == wanted[name]:
-            told.add(name)
-            send(channel, [("state", "blob"), ("digest", f"sha256:{name}")])
+class _Arrivals:
+    """What the importer has been told of the blobs in the work directory."""
+
+    def __init__(self, channel: socket.socket, layers: Sequence[LayerInfo], config: LayerInfo) -> None:
+        self._channel = channel
+        self._layers = {_name(layer) for layer in layers}
+        self.wanted = {_name(blob): blob.bytes for blob in (*layers, config)}
+        self._told: set[str] = set()
+        self._told_growing = False
+
+    def tell(self) -> None:
+        """Send what is new."""
+        there = set(os.listdir(BLOBS))
+        for name in (there & self.wanted.keys()) - self._told:
+            if os.stat(f"{BLOBS}/{name}").st_size == self.wanted[name]:
+                self._told.add(name)
+                send(self._channel, [("state", "blob"), ("digest", f"sha256:{name}")])
+        missing = self._layers - there
+        if len(missing) == 1 and not self._told_growing:
+            self._tell_growing(missing.pop())
+
+    def _tell_growing(self, name: str) -> None:
+        """The names of unfinished blobs do not say whose they are: only the last one's is known."""
+        unfinished = [file for file in os.listdir(WORK) if file.startswith(UNFINISHED)]
+        if len(unfinished) == 1:
+            self._told_growing = True
+            fields = [("state", "growing"), ("digest", f"sha256:{name}"), ("file", unfinished[0])]
+            send(self._channel, fields)
 
 
 def _read_config(reference: Reference, config: LayerInfo) -> str:
@@ -254,6 +281,10 @@ def _converted_config() -> str:
 def _read_blob(digest: str) -> bytes:
     with open(_blob_path(digest), "rb") as file:
         return file.read(manifest.MANIFEST_LIMIT_BYTES)
+
+
+def _name(blob: LayerInfo) -> str:
+    return blob.digest.partition(":")[2]
 
 
 def _blob_path(digest: str) -> str:

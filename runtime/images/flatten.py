@@ -340,9 +340,7 @@ class Merge:
         directories: dict[int, Member] = {}
         for number, member in enumerate(self._counted(reader)):
             before = tree.find(b"/".join(split(member.name)))
-            if not (
-                before in (None, WHITEOUT) or (isinstance(before, Directory) and member.kind == tar.DIRECTORY)
-            ):
+            if not (before in (None, WHITEOUT) or (isinstance(before, Directory) and member.kind == tar.DIRECTORY)):
                 raise Repeat
             path = tree.add(number, member)
             if number in tree.moved:

@@ -254,5 +254,3 @@ def _read(path: str) -> bytes:
             return file.read(TEXT_LIMIT)
     except OSError:
         return b""
-
-

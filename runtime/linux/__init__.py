@@ -104,7 +104,8 @@ from enclos.runtime.linux.failure import (
 from enclos.runtime.linux.files import (
     close_other_descriptors,
     openat2,
-    watch_renames,
+    watch_directory,
+    watch_writes,
 )
 from enclos.runtime.linux.loop import (
     loop_attach,
@@ -234,5 +235,6 @@ __all__ = [
     "unmount",
     "unshare",
     "userns_with_map",
-    "watch_renames",
+    "watch_directory",
+    "watch_writes",
 ]

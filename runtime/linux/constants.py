@@ -104,7 +104,9 @@ PR_CAP_AMBIENT: Final = 47
 PR_CAP_AMBIENT_CLEAR_ALL: Final = 4
 
 # linux/inotify.h
+IN_MODIFY: Final = 0x2
 IN_MOVED_TO: Final = 0x80
+IN_CREATE: Final = 0x100
 
 
 def capability_mask(*bits: int) -> int:

@@ -4,7 +4,7 @@ import os
 from collections.abc import Iterable
 
 from enclos.runtime.linux._linux import lib
-from enclos.runtime.linux.constants import IN_MOVED_TO
+from enclos.runtime.linux.constants import IN_CREATE, IN_MODIFY, IN_MOVED_TO
 from enclos.runtime.linux.failure import check
 
 LAST_DESCRIPTOR = 2**32 - 1
@@ -27,9 +27,14 @@ def close_other_descriptors(keep: Iterable[int]) -> None:
         first = fd + 1
 
 
-def watch_renames(path: str) -> int:
-    """A descriptor that is readable when a file has been renamed into a directory (inotify(7)).
+def watch_directory(path: str) -> int:
+    """A descriptor that is readable when a file has been made in a directory, or renamed into it (inotify(7)).
 
     Close-on-exec, the caller's. What one read of it returns says no more than that: list the directory then.
     """
-    return check(lib.enclos_inotify(os.fsencode(path), IN_MOVED_TO), path)
+    return check(lib.enclos_inotify(os.fsencode(path), IN_CREATE | IN_MOVED_TO), path)
+
+
+def watch_writes(path: str) -> int:
+    """The same for a file that has been written to since the last read of the descriptor, which blocks until then."""
+    return check(lib.enclos_inotify(os.fsencode(path), IN_MODIFY), path)

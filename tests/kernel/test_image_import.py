@@ -21,9 +21,9 @@ import pytest
 import quotas
 from enclos.runtime import protocol
 from enclos.runtime.images import sandbox
-from enclos.runtime.images.importer import finish_part
 from enclos.runtime.images.layout import Store
 from enclos.runtime.images.order import Limits, Order, Packing
+from enclos.runtime.images.parts import finish_part
 from enclos.runtime.images.sandbox import Rights
 from layers import Entry, layer, listing, umoci_unpack, write_layout
 from registries import PASSWORD, Registry, free_port, make_insecure, serve
@@ -639,6 +639,34 @@ def test_a_connection_that_ends_midway(store: Store, tmp_path: Path) -> None:
         assert not [name for name in names if name.startswith("oci-put-blob")], "half a layer was left"
 
 
+def test_the_last_layer_is_converted_while_it_arrives(store: Store, tmp_path: Path) -> None:
+    """The proxy holds back the last megabytes of the large layer until its converter runs."""
+    with serve(tmp_path / "behind") as behind:
+        write_layout(tmp_path / "layout", LAYERS[:2], compression="")
+        behind.push(tmp_path / "layout", "growing")
+        converting = threading.Event()
+        with cut_after(behind.address, 28 << 20, converting) as address:
+            conf = Path(f"/etc/containers/registries.conf.d/enclos-test-growing-{os.getpid()}.conf")
+            conf.write_text(f'[[registry]]\nlocation = "{address}"\ninsecure = true\n')
+            try:
+                running = Import(f"docker://{address}/growing:t", store)
+                assert running.receive()["state"] == ["resolved"]
+                running.go()
+                deadline = time.monotonic() + 30
+                while not any("tar2sqfs" in status["Name"] for _, status in below(running.process.pid)):
+                    assert time.monotonic() < deadline, "no converter began before the layer was there"
+                    time.sleep(0.01)
+                converting.set()
+                states = [*iter(lambda: running.receive().get("state", [""])[0], "")]
+            finally:
+                converting.set()
+                conf.unlink()
+    assert states == ["part", "done"]
+    (part,) = left(store)["parts"]
+    with mounted([Path(store.directory, "parts", part)], tmp_path) as root:
+        assert listing(root) == listing(umoci_unpack(tmp_path / "layout", tmp_path / "bundle"))
+
+
 def test_a_blob_that_its_registry_has_damaged(store: Store, tmp_path: Path) -> None:
     with serve(tmp_path / "damaged") as damaged:
         conf = Path(f"/etc/containers/registries.conf.d/enclos-test-damaged-{os.getpid()}.conf")
@@ -695,8 +723,12 @@ def below(pid: int) -> Iterator[tuple[int, dict[str, str]]]:
 
 
 @contextlib.contextmanager
-def cut_after(address: str, limit: int) -> Iterator[str]:
-    """A proxy in front of a registry that ends a connection when so many bytes have come back over it."""
+def cut_after(address: str, limit: int, go_on: threading.Event | None = None) -> Iterator[str]:
+    """A proxy in front of a registry that ends a connection when so many bytes have come back over it.
+
+    Args:
+        go_on: do not end it, but wait for this.
+    """
     host, port = address.split(":")
     server = socket.create_server(("127.0.0.1", 0))
 
@@ -705,6 +737,8 @@ def cut_after(address: str, limit: int) -> Iterator[str]:
             while most > 0 and (data := source.recv(min(65536, most))):
                 target.sendall(data)
                 most -= len(data)
+                if most <= 0 and go_on is not None and go_on.wait(60):
+                    most = 1 << 40
         for end in (source, target):
             with contextlib.suppress(OSError):
                 end.shutdown(socket.SHUT_RDWR)

@@ -6,7 +6,10 @@ import contextlib
 import gzip
 import hashlib
 import os
+import threading
+import time
 import zlib
+from pathlib import Path
 
 import pytest
 from enclos.runtime.images import blob
@@ -81,3 +84,40 @@ def test_a_bomb_comes_in_small_pieces() -> None:
 def test_no_bytes_do_more_than_fail(data: bytes) -> None:
     with contextlib.suppress(BadBlob):
         read(blob.GZIP + data)
+
+
+@pytest.mark.parametrize("compressed", [False, True], ids=["plain", "gzip"])
+def test_a_blob_that_is_still_being_written(tmp_path: Path, compressed: bool) -> None:
+    """What is there is given in pieces, and the rest when it has come; the end is where its size says."""
+    text = os.urandom(4 * blob.CHUNK)
+    data = gzip.compress(text) if compressed else text
+    path = tmp_path / "oci-put-blob1"
+    half = len(data) // 2
+    path.write_bytes(data[:2])
+    written = threading.Event()
+
+    def write() -> None:
+        with open(path, "ab", 0) as file:
+            file.write(data[2:half])
+            assert written.wait(30)
+            for at in range(half, len(data), 100_000):
+                file.write(data[at : at + 100_000])
+                time.sleep(0.001)
+            os.rename(path, tmp_path / "finished")
+
+    writer = threading.Thread(target=write)
+    writer.start()
+    opened = Blob(
+        os.open(path, os.O_RDONLY), f"sha256:{hashlib.sha256(data).hexdigest()}", size=len(data), growing=True
+    )
+    try:
+        # A piece that the first half is enough for.
+        found = opened.read(1000)
+        written.set()
+        found += b"".join(iter(lambda: opened.read(10_000), b""))
+        opened.finish()
+    finally:
+        written.set()
+        opened.close()
+        writer.join()
+    assert found == text
