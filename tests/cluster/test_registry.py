@@ -12,7 +12,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import pytest
@@ -64,17 +64,27 @@ def site(make_cluster: Callable[..., Cluster]) -> Cluster:
     return made
 
 
-def push(site: Cluster, name: str, *, port: int = registry.PORT, noise: int = 8 << 20) -> tuple[str, Path]:
-    """An image with busybox in it; its reference, and its layout."""
+def push(
+    site: Cluster,
+    name: str,
+    *,
+    port: int = registry.PORT,
+    noise: int = 8 << 20,
+    more: Sequence[Entry] = (),
+    config: Mapping[str, object] | None = None,
+) -> tuple[str, Path]:
+    """An image with busybox in it, and `more`; its reference, and its layout."""
     layout = site.layout.state / f"layout-{name}"
     shutil.rmtree(layout, ignore_errors=True)
     busybox = Path("/bin/busybox").read_bytes()
-    programs = [Entry(f"bin/{applet}", "link", target="bin/busybox") for applet in ("sh", "cat", "true", "sleep")]
+    programs = [Entry(f"bin/{applet}", "link", target="bin/busybox") for applet in ("sh", "cat", "true", "sleep", "id")]
     bottom = [
         Entry("bin", "dir", mode=0o755), Entry("bin/busybox", data=busybox, mode=0o755), *programs,
         Entry("name", data=name.encode()), Entry("noise", data=os.urandom(noise)),
+        *more,
     ]  # fmt: skip
-    write_layout(layout, [layer(bottom)], config={"Env": ["PATH=/bin", f"IMAGE_NAME={name}"]})
+    environment = {"Env": ["PATH=/bin", f"IMAGE_NAME={name}"]}
+    write_layout(layout, [layer(bottom)], config={**environment, **(config or {})})
     login = ["--dest-creds", "alice:secret-word"] if port == PRIVATE_PORT else []
     command = ["nsenter", f"--net=/proc/{site.record.machines[SUBMIT].pid}/ns/net", "skopeo", "copy", "-q"]
     target = f"docker://{address4(0)}:{port}/{name}:t"
@@ -180,6 +190,24 @@ def test_what_a_registry_does_not_have_is_said_at_once(site: Cluster) -> None:
         "(the registry submit:5000 has no such name or tag)"
     )
     assert site.run(["sacct", "-n"], user="root").stdout == before
+
+
+def test_the_user_of_an_image_is_not_taken(site: Cluster) -> None:
+    """Who types srun is who runs, and what the image made for its user alone is his. `inspect` shows the name."""
+    home = [
+        Entry("home/jovyan", "dir", mode=0o700, uid=1000),
+        Entry("home/jovyan/notebook", data=b"notes\n", mode=0o600, uid=1000),
+    ]
+    config = {"User": "jovyan:users", "WorkingDir": "/home/jovyan"}
+    reference, _ = push(site, "user", more=home, config=config)
+    done = run(site, reference, "id -u; pwd; cat notebook; echo more >> notebook && echo $HOME")
+    assert (done.returncode, done.stdout) == (0, "61001\n/home/jovyan\nnotes\n/home/usera\n"), done.stderr
+    done = run(site, reference, "id -u; cat notebook", "usera", "--container-remap-root")
+    assert (done.stdout, said(done.stderr)) == ("0\nnotes\n", []), done.stderr
+    assert site.run(["enclos", "image", "pull", reference], user="usera").returncode == 0
+    shown = json.loads(site.run(["enclos", "image", "inspect", "--json", reference], user="usera").stdout)
+    assert (shown["config"]["User"], shown["config"]["WorkingDir"]) == ("jovyan:users", "/home/jovyan")
+    site.run(["enclos", "image", "rm", reference], user="usera")
 
 
 def test_many_ask_and_one_imports(site: Cluster) -> None:

@@ -29,6 +29,7 @@ class Entry:
     mode: int = 0o644
     mtime: int = 1_000_000_000
     xattrs: dict[str, str] = field(default_factory=dict)
+    uid: int = 0
 
 
 KINDS = {
@@ -49,6 +50,7 @@ def layer(entries: Sequence[Entry], *, cut: bool = False) -> bytes:
             info = tarfile.TarInfo(entry.name)
             info.type, info.mode, info.mtime = KINDS[entry.kind], entry.mode, entry.mtime
             info.linkname, info.size = entry.target, len(entry.data)
+            info.uid = info.gid = entry.uid
             info.devmajor, info.devminor = (1, 3) if entry.kind == "char" else (0, 0)
             info.pax_headers = {f"SCHILY.xattr.{key}": value for key, value in entry.xattrs.items()}
             archive.addfile(info, io.BytesIO(entry.data))
