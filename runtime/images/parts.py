@@ -145,30 +145,38 @@ class Build:
                 break
             digests = {layer.digest for layer in self._groups[index]}
             last = self._growing.keys() if len(self._waiting) == 1 else set()
-            if digests <= self._arrived | last:
+            if not digests <= self._arrived | last:
+                continue
+            with contextlib.ExitStack() as stack:
+                try:
+                    opened = self._open_layers(self._groups[index], stack)
+                except FileNotFoundError:
+                    if digests <= self._arrived:
+                        raise
+                    self._growing.clear()  # It failed, and the fetcher will say why, or it has just been finished.
+                    return
                 self._waiting.remove(index)
-                self._convert(index)
+                self._convert(index, opened)
 
-    def _convert(self, index: int) -> None:
+    def _open_layers(self, group: Sequence[LayerInfo], stack: contextlib.ExitStack) -> list[tuple[int, Layer]]:
+        """The descriptor of each layer, which the stack closes, and how a converter reads it."""
+        found = []
+        for layer in group:
+            growing = layer.digest not in self._arrived
+            opened = self._open_blob(layer, self._growing[layer.digest] if growing else "")
+            stack.callback(os.close, opened.fd)
+            reopen = functools.partial(os.dup, opened.fd)
+            found.append((opened.fd, Layer(reopen, layer.digest, opened.offset, opened.bytes, growing)))
+        return found
+
+    def _convert(self, index: int, opened: Sequence[tuple[int, Layer]]) -> None:
         order = self._order
-        group = self._groups[index]
         output_fd = self._store.part_file()
-        with contextlib.ExitStack() as stack:
-            stack.callback(os.close, output_fd)
-            os.fchown(output_fd, order.slot, order.slot)
-            layers: list[Layer] = []
-            blobs: list[int] = []
-            for layer in group:
-                growing = layer.digest not in self._arrived
-                opened = self._open_blob(layer, self._growing[layer.digest] if growing else "")
-                stack.callback(os.close, opened.fd)
-                blobs.append(opened.fd)
-                reopen = functools.partial(os.dup, opened.fd)
-                layers.append(Layer(reopen, layer.digest, opened.offset, opened.bytes, growing))
-            job = job_convert(order, layers, index == 0, output_fd)
-            rights = Rights(order.slot, False, order.memory, self._room(), own=order.own)
-            running = self._sandboxes.start("convert", job, rights, fds=[output_fd, *blobs])
-            self._converting[running] = (index, os.dup(output_fd))
+        os.fchown(output_fd, order.slot, order.slot)
+        job = job_convert(order, [layer for _, layer in opened], index == 0, output_fd)
+        rights = Rights(order.slot, False, order.memory, self._room(), own=order.own)
+        running = self._sandboxes.start("convert", job, rights, fds=[output_fd, *(fd for fd, _ in opened)])
+        self._converting[running] = (index, output_fd)
 
     def _room(self) -> int:
         """Bytes that the next file may have. Those that are made beside it are counted when they are finished."""
@@ -301,11 +309,7 @@ def open_blob(work: str, layer: LayerInfo, unfinished: str) -> OpenLayer:
     rules = linux.RESOLVE_BENEATH | linux.RESOLVE_NO_MAGICLINKS | linux.RESOLVE_NO_SYMLINKS
     directory_fd = os.open(work, os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
     try:
-        flags = os.O_RDONLY | os.O_NONBLOCK
-        try:
-            fd = linux.openat2(directory_fd, unfinished or path, flags, resolve=rules)
-        except FileNotFoundError:
-            fd = linux.openat2(directory_fd, path, flags, resolve=rules)  # It has just been finished.
+        fd = linux.openat2(directory_fd, unfinished or path, os.O_RDONLY | os.O_NONBLOCK, resolve=rules)
     finally:
         os.close(directory_fd)
     if not stat.S_ISREG(os.fstat(fd).st_mode):
