@@ -19,11 +19,12 @@ import pickle
 import signal
 import socket
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from enclos.runtime import errors, linux, protocol
+from enclos.runtime import errors, protocol
+from enclos.runtime.asuser import as_user
 from enclos.runtime.devices.cdi import Edits
 from enclos.runtime.mounts import Mount
 
@@ -112,27 +113,9 @@ class Builder:
             raise AgentGone
         return message
 
-    @contextlib.contextmanager
-    def as_user(self) -> Iterator[None]:
-        """Look up paths as the user: file system ids and groups of the user, and no effective capability.
-
-        The real ids stay root's, so the user can neither signal nor stop the process here. Without the
-        empty capability set, CAP_SYS_PTRACE would let /proc/PID/root and /proc/PID/fd lead into other
-        users' namespaces, and CAP_DAC_READ_SEARCH everywhere.
-        """
-        os.setgroups(self.groups)
-        _, permitted, _ = linux.get_capabilities()
-        linux.set_filesystem_ids(self.uid, self.gid)
-        # Cleared by that change (prctl(2)); looking at the user's path may take for ever.
-        linux.set_parent_death_signal(signal.SIGKILL)
-        linux.set_capabilities(0, permitted)
-        try:
-            yield
-        finally:
-            linux.set_capabilities(permitted, permitted)
-            linux.set_filesystem_ids(0, 0)
-            linux.set_parent_death_signal(signal.SIGKILL)
-            os.setgroups([])
+    def as_user(self) -> contextlib.AbstractContextManager[None]:
+        """Look up paths as the user."""
+        return as_user(self.uid, self.gid, self.groups)
 
     def run(self, early: Sequence[Operation]) -> None:
         """Make the container, wait for the first task, and finish with the late plan that it brings."""

@@ -22,7 +22,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from enclos.runtime import errors, linux, protocol
-from enclos.runtime.builder import Builder
+from enclos.runtime.asuser import as_user, open_as_user
 from enclos.runtime.images import fetch, local, manifest, reference
 from enclos.runtime.images.fetch import Credentials
 from enclos.runtime.images.layout import Store
@@ -33,7 +33,6 @@ from enclos.runtime.images.parts import Build, OpenLayer, Whole, file_digest, op
 from enclos.runtime.images.reference import Reference
 from enclos.runtime.images.sandbox import Rights, Sandbox
 from enclos.runtime.images.sandboxes import Sandboxes, Unwanted, ended
-from enclos.runtime.operations.common import open_as_user
 
 CONVERTERS = 4
 HASH_BYTES = 1 << 20
@@ -115,7 +114,7 @@ class Importer:
         order = self._order
         if order.own:
             return contextlib.nullcontext()
-        return Builder(self._channel, order.uid, order.gid, order.groups).as_user()
+        return as_user(order.uid, order.gid, order.groups)
 
     def _open_local(self) -> None:
         """Open the archive or the layout's directory, as the user."""

@@ -18,10 +18,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from enclos.runtime import errors, linux
+from enclos.runtime.asuser import open_as_user
 from enclos.runtime.images import tar
 from enclos.runtime.linux import AT_FDCWD, CAP_SYS_ADMIN, CLONE_NEWNS, CLONE_NEWUSER
 from enclos.runtime.operations.assembly import forbid_imports
-from enclos.runtime.operations.common import open_as_user
 from enclos.runtime.protocol import Message, send
 
 # Their contents are the node's or the kernel's, or meant for one step.

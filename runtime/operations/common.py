@@ -48,14 +48,5 @@ def where_users_paths_are(builder: Builder) -> Iterator[None]:
         yield
 
 
-def open_as_user(path: str, flags: int) -> int:
-    """Open a path that the user named.
-
-    Not by way of /proc's magic links: /proc/self is the builder there, whose descriptors (the staged mounts, the
-    channel) are none of the user's business.
-    """
-    return linux.openat2(linux.AT_FDCWD, path, flags, resolve=linux.RESOLVE_NO_MAGICLINKS)
-
-
 def words(error: OSError) -> str:
     return errors.reason(error.errno or 0)

@@ -13,13 +13,13 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from enclos.runtime import errors, ldcache, linux, rootfs
+from enclos.runtime.asuser import open_as_user
 from enclos.runtime.builder import Builder
 from enclos.runtime.devices import choice
 from enclos.runtime.devices.cdi import Bind
 from enclos.runtime.devices.choice import Selection
 from enclos.runtime.images import facts
 from enclos.runtime.linux import MOUNT_ATTR_NODEV, MOUNT_ATTR_NOEXEC, MOUNT_ATTR_NOSUID, MOUNT_ATTR_RDONLY, MS_SLAVE
-from enclos.runtime.operations.common import open_as_user
 from enclos.runtime.operations.image import list_names
 from enclos.runtime.operations.namespaces import open_source
 

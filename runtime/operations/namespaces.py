@@ -7,6 +7,7 @@ import os
 from dataclasses import dataclass
 
 from enclos.runtime import errors, linux
+from enclos.runtime.asuser import open_as_user
 from enclos.runtime.builder import Builder
 from enclos.runtime.linux import (
     CLONE_NEWIPC,
@@ -18,7 +19,7 @@ from enclos.runtime.linux import (
     MS_PRIVATE,
     MS_SLAVE,
 )
-from enclos.runtime.operations.common import NO_NAMESPACES, open_as_user, words
+from enclos.runtime.operations.common import NO_NAMESPACES, words
 
 # What squashfuse says when it gives up, in its user's error line.
 COMPLAINT_BYTES = 300

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from typing import NoReturn
 
 from enclos.runtime import errors, linux, rootfs
+from enclos.runtime.asuser import open_as_user
 from enclos.runtime.builder import Builder
 from enclos.runtime.devices.cdi import Node
 from enclos.runtime.images import origin, sif, squashfs
@@ -26,7 +27,7 @@ from enclos.runtime.linux import (
     MOUNT_ATTR_RDONLY,
     MS_SLAVE,
 )
-from enclos.runtime.operations.common import open_as_user, where_users_paths_are
+from enclos.runtime.operations.common import where_users_paths_are
 from enclos.runtime.operations.parts import mount_lower
 
 
