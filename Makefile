@@ -48,8 +48,8 @@ $(SHIM): $(SPANK_SOURCES) | deps
 demo: all ## the main job on a fresh two-node cluster, as root
 	@$(BIN)/enclos-cluster demo
 
-test: all lint ## lint, then unit, kernel and cluster tests, as root
-	@$(MAKE) --no-print-directory --keep-going test-here test-releases
+test: all lint ## lint, then all tests: here, on other releases of Slurm, on other kernels; as root
+	@$(MAKE) --no-print-directory --keep-going test-here test-releases test-vm
 
 test-here:
 	@tests/part here tests/unit tests/kernel tests/cluster
@@ -70,10 +70,13 @@ test-releases: all ## what depends on Slurm's release, on the other two, as root
 	    tests/part "slurm-$$release" tests/cluster -m releases --slurm "$$release" || status=1; \
 	done; exit $$status
 
+# The first time, the kernels are downloaded, to /var/cache/enclos-vm: a minute.
 test-vm: all ## the tests marked vm on Linux 6.1 and the newest, in qemu, as root
-	@$(BIN)/pytest tests/vm
-	@tests/vm/vm --kernel new test
-	@tests/vm/vm --kernel 6.1 test
+	@tests/part vm tests/vm
+	@status=0; for kernel in new 6.1; do \
+	    echo "== Linux $$kernel"; \
+	    tests/part --kernel "$$kernel" "vm-$$kernel" || status=1; \
+	done; exit $$status
 
 test-vm-all: all ## every kernel and cluster test on the newest Linux, in qemu: takes hours
 	@tests/vm/vm --kernel new --timeout 28800 test tests/kernel tests/cluster

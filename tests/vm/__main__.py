@@ -25,12 +25,12 @@ def main() -> int:
     """Parse the command line and run it."""
     parser = argparse.ArgumentParser(prog="tests/vm/vm", description=__doc__)
     parser.add_argument("--kernel", default="new", choices=kernels.SUITES, help="which kernel (default: new)")
-    parser.add_argument("--timeout", type=float, default=900, help="seconds after which a guest is ended")
+    parser.add_argument("--timeout", type=float, default=1200, help="seconds after which a guest is ended")
     verbs = parser.add_subparsers(dest="verb", required=True)
     verbs.add_parser("shell", help="a shell in a guest; exit ends it, ctrl-A x at once")
     run = verbs.add_parser("run", help="run a command in a guest")
     run.add_argument("words", nargs=argparse.REMAINDER)
-    verbs.add_parser("test", help="run pytest in a guest: with what follows, or on the tests marked vm")
+    verbs.add_parser("test", help="run pytest in a guest: on the tests marked vm, or on tests/… that follow")
     arguments, rest = parser.parse_known_args()
     if rest and arguments.verb != "test":
         parser.error(f"unknown: {' '.join(rest)}")
@@ -53,8 +53,11 @@ def _serve(machine: guest.Guest, arguments: argparse.Namespace, rest: Sequence[s
     if arguments.verb == "run":
         return machine.run(here + shlex.join(arguments.words), arguments.timeout)
     _warm_up()
-    words = rest or ["-m", "vm" if arguments.kernel != "new" else "vm or vm_new", *TESTS]
-    command = [".venv/bin/pytest", "-p", "no:cacheprovider", "--junitxml=/vm/junit.xml", *words]
+    words = list(rest)
+    if not any(word.startswith("tests/") for word in words):
+        words += ["-m", "vm" if arguments.kernel != "new" else "vm or vm_new", *TESTS]
+    # Nobody watches a test run; without colours and a line that is written anew, its log can be read.
+    command = [".venv/bin/pytest", "--color=no", "-o", "cache_dir=/vm/cache", "--junitxml=/vm/junit.xml", *words]
     status = machine.run(f"{here}export ENCLOS_TEST_LOGS=/vm/logs; {shlex.join(command)}", arguments.timeout)
     print(f"vm: kernel {machine.kernel.release}: exit status {status}; results in {machine.folder}")
     return status

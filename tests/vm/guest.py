@@ -115,8 +115,11 @@ class Guest:
 
 
 def scratch(name: str) -> Path:
-    """An empty folder for a guest's results."""
+    """A folder for a guest's results, empty but for `cache`: which tests failed the last time."""
     folder = Path(os.environ.get("ENCLOS_VM_RESULTS", "build/vm")).absolute() / name
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
+    folder.mkdir(parents=True, exist_ok=True)
+    for path in folder.iterdir():
+        if path.name == "cache":
+            continue
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
     return folder

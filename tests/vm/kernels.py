@@ -21,6 +21,8 @@ SUITES = {"6.1": "bookworm", "new": "sid"}
 META_PACKAGE = "linux-image-amd64"
 # An image package is, by suite, the kernel itself, or one that depends on these.
 PARTS = ("linux-base-", "linux-binary-", "linux-modules-")
+# A mirror that is being updated lists packages that it no longer has; the next list is right.
+ATTEMPTS = 3
 KEYRING = Path("/usr/share/keyrings/debian-archive-keyring.gpg")
 
 
@@ -62,8 +64,14 @@ def fetch(name: str) -> Kernel:
     with _locked(folder.parent):
         if not folder.is_dir():
             fresh = folder.with_suffix(".new")
-            shutil.rmtree(fresh, ignore_errors=True)
-            _download(SUITES[name], fresh)
+            for attempt in range(1, ATTEMPTS + 1):
+                shutil.rmtree(fresh, ignore_errors=True)
+                try:
+                    _download(SUITES[name], fresh)
+                    break
+                except KernelUnavailable:
+                    if attempt == ATTEMPTS:
+                        raise
             fresh.rename(folder)
     return _find(name, folder)
 
