@@ -59,8 +59,10 @@ int slurm_spank_init(spank_t spank, int count, char *words[])
 	if (!in_command() && spank_context() != S_CTX_REMOTE)
 		return 0;
 	read_arguments(count, words);
+	if (in_command())
+		parts_forget();
 	if (spank_context() == S_CTX_LOCAL)
-		options_from_environment();
+		commands_read_variables();
 	options_register(spank);
 	return 0;
 }
@@ -118,6 +120,8 @@ static bool step_begun(spank_t spank, pid_t stepd)
 		return true;
 	if (step_is_extern(spank))
 		return false;
+	if (!options_of_part(spank))
+		return step.wanted = true;
 	/* A profile that got lost on the way may have named an image: the agent refuses what is left without one. */
 	if (!profile_apply(spank) && options_profile_given())
 		slurm_verbose("enclos: the profile's options are not in the step's environment");
@@ -137,13 +141,15 @@ int slurm_spank_init_post_opt(spank_t spank, int count, char *words[])
 	(void)words;
 	if (in_command()) {
 		/* `optional` would turn a returned error into success, and the step would run without what it asked for. */
-		if (options_check_local(spank) != 0)
+		if (commands_check(spank) != 0)
 			exit(1);
 		return 0;
 	}
 	if (spank_context() != S_CTX_REMOTE || !step_begun(spank, getpid()))
 		return 0;
 	report_prepare();
+	if (report_kept())
+		return 0;
 	/* The real one is known in user_init; until then the user's shell has the best guess. */
 	if (spank_getenv(spank, "PWD", step.cwd, sizeof(step.cwd)) != ESPANK_SUCCESS)
 		step.cwd[0] = '\0';
@@ -213,7 +219,8 @@ int slurm_spank_task_init_privileged(spank_t spank, int count, char *words[])
 	if (!step_begun(spank, getppid()))
 		return 0;
 	taskprolog_arm();
-	join(spank);
+	if (!report_kept())
+		join(spank);
 	if (step.prepare_fd >= 0)
 		close(step.prepare_fd);
 	step.prepare_fd = -1;

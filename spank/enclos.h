@@ -27,10 +27,9 @@ slurm_conf_t *compat_conf(void);
 const char *compat_prolog_nodes(void);
 bool compat_step_directory(pid_t stepd, char *path, size_t size);
 
-/* options.c: the rows of options.gen.h as Slurm's options, their values, and what srun can check early */
+/* options.c: the rows of options.gen.h as Slurm's options, and their values */
 void options_register(spank_t spank);
-void options_from_environment(void);
-int options_check_local(spank_t spank);
+bool options_of_part(spank_t spank);
 void options_settle(spank_t spank);
 bool options_container_given(void);
 bool options_profile_given(void);
@@ -40,6 +39,23 @@ const char *options_relative(void);
 void options_use_image(const char *image);
 void options_add_fields(struct wire_out *out);
 const char *const *options_sent_variables(void);
+
+/* commands.c: what srun, sbatch and salloc make of the options, and refuse */
+void commands_read_variables(void);
+int commands_check(spank_t spank);
+
+/* parts.c: the parts of a heterogeneous step */
+#define PARTS_NONE (-1)
+#define PARTS_UNKNOWN (-2)
+int parts_current(void);
+bool parts_last(void);
+void parts_next(void);
+void parts_forget(void);
+const char *part_getenv(const char *name);
+void part_setenv(const char *name, const char *value);
+void part_unsetenv(const char *name);
+int parts_own(spank_t spank);
+bool part_spank_getenv(spank_t spank, const char *name, char *text, size_t size);
 
 /* profile.c: --container-profile */
 bool profile_expand(const char *name);

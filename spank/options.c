@@ -1,8 +1,8 @@
 /*
- * The options: registered with Slurm, checked in srun, sbatch and salloc, collected in slurmstepd.
+ * The options: registered with Slurm, checked one by one in the commands, collected in slurmstepd.
  *
- * The checks are small and only there to answer early; the agent checks everything again, because nothing that comes
- * from the submit side is trusted. Runs as the user in the commands, as root in slurmstepd.
+ * The checks are only there to answer early; the agent checks everything again, because nothing that comes from the
+ * submit side is trusted. Runs as the user in srun, sbatch and salloc, as root in slurmstepd.
  */
 #define _GNU_SOURCE
 #include "enclos.h"
@@ -17,9 +17,8 @@
 
 /* Slurm reads this as an option's input from the environment; `sbatch --option` arrives in nested steps under it too. */
 #define SLURM_PREFIX "SLURM_SPANK__SLURM_SPANK_OPTION_enclos_"
-/* For flags with two spellings: which one won. Names with SLURM_ pass --export=NONE. */
-#define FLAGS_VARIABLE "SLURM_ENCLOS_FLAGS"
-
+/* What srun itself leaves in the step's environment begins behind this. */
+#define COMMANDS_PREFIX "SLURM_SPANK_"
 static const char *chosen[ENCLOS_OPTION_COUNT]; /* value of each row, owned; NULL: not given */
 static unsigned int chosen_at[ENCLOS_OPTION_COUNT];
 static unsigned int chosen_count;
@@ -31,9 +30,33 @@ const char *const *options_sent_variables(void)
 	return enclos_sent_variables;
 }
 
-static const struct enclos_option_row *row_at(int index)
+const struct enclos_option_row *options_row(int index)
 {
-	return &enclos_option_rows[index];
+	return index < ENCLOS_OPTION_COUNT ? &enclos_option_rows[index] : NULL;
+}
+
+const char *options_value(int index)
+{
+	return chosen[index];
+}
+
+unsigned int options_order(int index)
+{
+	return chosen_at[index];
+}
+
+unsigned int options_times(int index)
+{
+	return times[index];
+}
+
+void options_forget(void)
+{
+	for (int i = 0; i < ENCLOS_OPTION_COUNT; i++) {
+		free((char *)chosen[i]);
+		chosen[i] = NULL;
+		times[i] = 0;
+	}
 }
 
 /* Options that exclude each other: the two forms of a flag, and readonly against writable. */
@@ -42,15 +65,15 @@ static const char *group_of(const struct enclos_option_row *row)
 	return strcmp(row->key, "readonly") == 0 ? "writable" : row->key;
 }
 
-static bool same_group(int one, int other)
+bool options_same_group(int one, int other)
 {
-	return strcmp(group_of(row_at(one)), group_of(row_at(other))) == 0;
+	return strcmp(group_of(options_row(one)), group_of(options_row(other))) == 0;
 }
 
-static int find_key(const char *key)
+int options_find_key(const char *key)
 {
 	for (int i = 0; i < ENCLOS_OPTION_COUNT; i++) {
-		if (strcmp(row_at(i)->key, key) == 0)
+		if (strcmp(options_row(i)->key, key) == 0)
 			return i;
 	}
 	return -1;
@@ -69,9 +92,9 @@ static void choose(int index, const char *value)
 	chosen_at[index] = ++chosen_count;
 }
 
-static void slurm_name(int index, char *name, size_t size)
+void options_slurm_name(int index, char *name, size_t size)
 {
-	size_t start = (size_t)snprintf(name, size, SLURM_PREFIX "%s", row_at(index)->name);
+	size_t start = (size_t)snprintf(name, size, SLURM_PREFIX "%s", options_row(index)->name);
 
 	for (size_t i = sizeof(SLURM_PREFIX) - 1; i < start && i < size; i++) {
 		if (name[i] == '-')
@@ -87,13 +110,13 @@ static bool given_twice(int index, const char *value)
 
 	if (spank_context() != S_CTX_LOCAL || chosen[index] == NULL || strcmp(chosen[index], value) == 0)
 		return false;
-	slurm_name(index, name, sizeof(name));
+	options_slurm_name(index, name, sizeof(name));
 	inherited = getenv(name);
 	return inherited == NULL || strcmp(inherited, chosen[index]) != 0;
 }
 
 /* A value as an error shows it: printable, and so short that the reason behind it is not cut off. */
-static const char *shown(const char *value)
+const char *options_shown(const char *value)
 {
 	static char text[256];
 	size_t length = 0;
@@ -109,11 +132,11 @@ static const char *shown(const char *value)
 
 static int choose_local(int index, const char *value)
 {
-	const struct enclos_option_row *row = row_at(index);
+	const struct enclos_option_row *row = options_row(index);
 	const char *wrong = checks_refusal(row->checks, value);
 
 	if (wrong != NULL) {
-		slurm_error("enclos: --%s=%s: %s", row->name, shown(value), wrong);
+		slurm_error("enclos: --%s=%s: %s", row->name, options_shown(value), wrong);
 		return -1;
 	}
 	if (row->has_arg && given_twice(index, value)) {
@@ -137,7 +160,7 @@ static int on_option(int index, const char *argument, int remote)
 
 	if (index < 0 || index >= ENCLOS_OPTION_COUNT)
 		return 0;
-	row = row_at(index);
+	row = options_row(index);
 	value = row->has_arg ? (argument != NULL ? argument : "") : row->fixed;
 	if (!remote)
 		return choose_local(index, value);
@@ -150,7 +173,7 @@ static int on_option(int index, const char *argument, int remote)
 void options_register(spank_t spank)
 {
 	for (int i = 0; i < ENCLOS_OPTION_COUNT; i++) {
-		const struct enclos_option_row *row = row_at(i);
+		const struct enclos_option_row *row = options_row(i);
 		struct spank_option option = { .name = (char *)row->name,
 					       .arginfo = (char *)row->arginfo,
 					       .usage = (char *)row->usage,
@@ -163,7 +186,7 @@ void options_register(spank_t spank)
 	}
 }
 
-static bool listed(const char *list, const char *name)
+bool options_listed(const char *list, const char *name)
 {
 	size_t length = strlen(name);
 
@@ -175,288 +198,93 @@ static bool listed(const char *list, const char *name)
 }
 
 /* Of two rows of one group: does the list of winners name the other one, and not this one? */
-static bool lost(const char *flags, int index, int other)
+bool options_lost(const char *flags, int index, int other)
 {
-	return index != other && same_group(index, other) && !listed(flags, row_at(index)->name) &&
-	       listed(flags, row_at(other)->name);
+	return index != other && options_same_group(index, other) && !options_listed(flags, options_row(index)->name) &&
+	       options_listed(flags, options_row(other)->name);
 }
 
-/* ---- environment twins, in srun ---- */
+/* ---- in slurmstepd ---- */
 
-static bool from_environment(int index)
-{
-	char name[256];
-
-	slurm_name(index, name, sizeof(name));
-	return getenv(name) != NULL;
-}
-
-static bool inherited(int index)
+static int find_name(const char *name)
 {
 	for (int i = 0; i < ENCLOS_OPTION_COUNT; i++) {
-		if (same_group(i, index) && from_environment(i))
-			return true;
-	}
-	return false;
-}
-
-/* sbatch hands both forms of a flag on when both were given; only the one that counted there is inherited. */
-static void forget_lost_flags(void)
-{
-	const char *flags = getenv(FLAGS_VARIABLE);
-	char name[256];
-
-	for (int i = 0; flags != NULL && i < ENCLOS_OPTION_COUNT; i++) {
-		for (int j = 0; j < ENCLOS_OPTION_COUNT; j++) {
-			if (!from_environment(j) || !lost(flags, i, j))
-				continue;
-			slurm_name(i, name, sizeof(name));
-			unsetenv(name);
-		}
-	}
-}
-
-static int opposite_of(int index)
-{
-	for (int i = 0; i < ENCLOS_OPTION_COUNT; i++) {
-		if (i != index && strcmp(row_at(i)->key, row_at(index)->key) == 0)
+		if (strcmp(options_row(i)->name, name) == 0)
 			return i;
 	}
 	return -1;
 }
 
-/* Which row a flag's variable means: itself, its no- form, or none (-1). Returns false if the value is no yes or no. */
-static bool flag_row(int index, const char *value, int *row)
+/* Takes `LENGTH:NAME=VALUE...` as srun left it, instead of what Slurm handed over. Returns false if it is something else. */
+static bool take_all(char *text)
 {
-	static const char *const yes[] = { "1", "true", "yes", "on", "y" };
-	static const char *const no[] = { "0", "false", "no", "off", "n", "" };
+	options_forget();
+	while (*text != '\0') {
+		char *end, *value, *name;
+		size_t length = strtoul(text, &end, 10);
+		char after;
 
-	for (size_t i = 0; i < sizeof(yes) / sizeof(yes[0]); i++) {
-		if (strcasecmp(value, yes[i]) == 0) {
-			*row = index;
-			return true;
-		}
+		if (*end != ':' || length > strlen(end + 1))
+			return false;
+		name = end + 1;
+		text = name + length;
+		after = *text;
+		*text = '\0';
+		value = strchr(name, '=');
+		if (value == NULL)
+			return false;
+		*value++ = '\0';
+		if (find_name(name) >= 0)
+			choose(find_name(name), value);
+		*text = after;
 	}
-	for (size_t i = 0; i < sizeof(no) / sizeof(no[0]); i++) {
-		if (strcasecmp(value, no[i]) == 0) {
-			*row = value[0] == '\0' ? -1 : opposite_of(index);
-			return true;
-		}
-	}
-	return false;
+	return true;
 }
 
-static void take_variable(int index, const char *variable, const char *value)
+/* In later releases (24.11) the options of all parts stay in the step's environment, for steps inside it. */
+static void unset_handed_over(spank_t spank)
 {
-	const struct enclos_option_row *row = row_at(index);
-	const char *wrong = NULL;
 	char name[256];
 
-	if (row->has_arg)
-		wrong = checks_refusal(row->checks, value);
-	else if (!flag_row(index, value, &index))
-		wrong = "neither yes nor no";
-	if (wrong != NULL) {
-		slurm_error("enclos: %s=%s: %s", variable, shown(value), wrong);
-		exit(1);
-	}
-	if (index < 0)
-		return;
-	slurm_name(index, name, sizeof(name));
-	setenv(name, row->has_arg ? value : "", 1);
-}
-
-/*
- * Hands ENCLOS_CONTAINER_* and PYXIS_CONTAINER_* to Slurm under the name it reads options from, before it reads them:
- * then precedence, forwarding and --export=NONE are Slurm's own. In srun only: sbatch with such a variable would
- * otherwise put the batch script itself, and all its sruns, into the container.
- */
-void options_from_environment(void)
-{
-	forget_lost_flags();
 	for (int i = 0; i < ENCLOS_OPTION_COUNT; i++) {
-		const struct enclos_option_row *row = row_at(i);
-		const char *variable = row->env;
-		const char *value = variable != NULL ? getenv(variable) : NULL;
-
-		if (value == NULL && row->pyxis_env != NULL) {
-			variable = row->pyxis_env;
-			value = getenv(variable);
-		}
-		if (value != NULL && !inherited(i))
-			take_variable(i, variable, value);
+		options_slurm_name(i, name, sizeof(name));
+		spank_unsetenv(spank, name + sizeof(COMMANDS_PREFIX) - 1);
 	}
 }
 
-/* ---- after all options are known, in the commands ---- */
-
-/* Of each group with several rows given, the one that Slurm named last: an inherited one comes before the command line. */
-static int winner(int index)
+/* In a heterogeneous step: this part's options, for Slurm has handed over the last part's. False with the error kept. */
+bool options_of_part(spank_t spank)
 {
-	int best = index;
+	static char text[PART_LIMIT];
 
-	for (int i = 0; i < ENCLOS_OPTION_COUNT; i++) {
-		if (same_group(i, index) && chosen[i] != NULL && chosen_at[i] > chosen_at[best])
-			best = i;
+	if (parts_own(spank) == PARTS_NONE)
+		return true;
+	/* A part without options has no variable. */
+	if (parts_own(spank) != PARTS_UNKNOWN) {
+		unset_handed_over(spank);
+		if (!part_spank_getenv(spank, PART_OPTIONS_VARIABLE, text, sizeof(text)))
+			text[0] = '\0';
+		if (take_all(text))
+			return true;
 	}
-	return best;
+	report_keep_hint("container options: which part of the heterogeneous step this is cannot be told",
+			 "start each part with an srun of its own");
+	return false;
 }
-
-static int refuse_both(int one, int other)
-{
-	slurm_error("enclos: both --%s and --%s were specified", row_at(one)->name, row_at(other)->name);
-	return -1;
-}
-
-/* Tells slurmstepd which form counts where an inherited and an own one meet; both on one command line are an error. */
-static int settle_flags(void)
-{
-	char flags[512] = "";
-	size_t used = 0;
-
-	for (int i = 0; i < ENCLOS_OPTION_COUNT; i++) {
-		int best = winner(i);
-
-		if (chosen[i] == NULL || row_at(i)->has_arg)
-			continue;
-		/* sbatch reads the script's lines, then its command line, which counts more. */
-		if (best != i && !from_environment(i) && spank_context() == S_CTX_LOCAL)
-			return refuse_both(i, best);
-		if (best == i && used < sizeof(flags))
-			used += (size_t)snprintf(flags + used, sizeof(flags) - used, "%s ", row_at(i)->name);
-	}
-	if (used > 0)
-		setenv(FLAGS_VARIABLE, flags, 1);
-	return 0;
-}
-
-/* A step of srun that names container options, but no image in any of the ways there are, was meant otherwise. */
-static int check_image_given(void)
-{
-	int image = find_key("image");
-	char *given = profile_value(row_at(image)->name);
-
-	if (given != NULL) {
-		free(given);
-		return 0;
-	}
-	if (spank_context() != S_CTX_LOCAL || options_container_given() || getenv("SLURM_CONTAINER") != NULL)
-		return 0;
-	for (int i = 0; i < ENCLOS_OPTION_COUNT; i++) {
-		if (chosen[i] == NULL || from_environment(i))
-			continue;
-		slurm_error("enclos: --%s%s%s: needs --%s", row_at(i)->name, row_at(i)->has_arg ? "=" : "",
-			    row_at(i)->has_arg ? shown(chosen[i]) : "", row_at(image)->name);
-		return -1;
-	}
-	return 0;
-}
-
-static bool on_command_line(int index)
-{
-	return times[index] > (from_environment(index) ? 1U : 0U);
-}
-
-/* A profile that was inherited has been read already, and what it says is in the environment. */
-static int expand_profile(void)
-{
-	int index = find_key("profile");
-	char own[2048] = "";
-	size_t used = 0;
-
-	if (chosen[index] != NULL && !(from_environment(index) && !on_command_line(index) && profile_inherited()) &&
-	    !profile_expand(chosen[index]))
-		return -1;
-	for (int i = 0; i < ENCLOS_OPTION_COUNT && used < sizeof(own); i++) {
-		if (on_command_line(i))
-			used += (size_t)snprintf(own + used, sizeof(own) - used, "%s ", row_at(i)->name);
-	}
-	profile_note_own(own);
-	return 0;
-}
-
-/* What the step gets of an option: its own, else the profile's, else what was inherited. For the caller to free. */
-static char *settled(const char *key)
-{
-	int index = find_key(key);
-	char *given = on_command_line(index) ? NULL : profile_value(row_at(index)->name);
-
-	return given != NULL || chosen[index] == NULL ? given : strdup(chosen[index]);
-}
-
-/* --container-unshare=net means a network: none. */
-static int check_networks(void)
-{
-	char *unshare = settled("unshare"), *network = settled("network"), *rest = unshare, *name;
-	bool against = false;
-
-	while (network != NULL && strcmp(network, "none") != 0 && rest != NULL && (name = strsep(&rest, ",")) != NULL)
-		against |= strcmp(name, "net") == 0;
-	if (against)
-		slurm_error("enclos: --container-unshare=net: cannot be combined with --container-network=%s", network);
-	free(unshare);
-	free(network);
-	return against ? -1 : 0;
-}
-
-/* Of srun alone: a batch script's steps begin later, and each asks for itself. */
-static int settle_image(void)
-{
-	char *image = settled("image");
-	bool refused = spank_context() == S_CTX_LOCAL && image != NULL && !pin_image(image);
-
-	free(image);
-	return refused ? -1 : 0;
-}
-
-/* So that nodes fetch the image while the job's prolog runs. Failing here only makes its first step wait longer. */
-static void tell_prologs(spank_t spank)
-{
-	const char *image = chosen[find_key("image")];
-
-	if (image != NULL && spank_job_control_setenv(spank, IMAGE_FOR_PROLOGS, image, 1) != ESPANK_SUCCESS)
-		slurm_verbose("enclos: the image cannot be named to prologs, ignoring");
-}
-
-int options_check_local(spank_t spank)
-{
-	if (settle_flags() != 0 || expand_profile() != 0 || check_image_given() != 0 || check_networks() != 0 ||
-	    settle_image() != 0)
-		return -1;
-	tell_prologs(spank);
-	/* With het steps Slurm goes through the options once per component. */
-	for (int i = 0; i < ENCLOS_OPTION_COUNT; i++) {
-		free((char *)chosen[i]);
-		chosen[i] = NULL;
-		times[i] = 0;
-	}
-	return 0;
-}
-
-/* ---- in slurmstepd ---- */
 
 /* Drops the forms of flags that lost in srun. The list is the user's, as the options are. */
 void options_settle(spank_t spank)
 {
 	char flags[512];
 
-	if (spank_getenv(spank, FLAGS_VARIABLE, flags, sizeof(flags)) != ESPANK_SUCCESS)
+	if (!part_spank_getenv(spank, FLAGS_VARIABLE, flags, sizeof(flags)))
 		return;
 	for (int i = 0; i < ENCLOS_OPTION_COUNT; i++) {
 		for (int j = 0; j < ENCLOS_OPTION_COUNT; j++) {
-			if (chosen[i] != NULL && chosen[j] != NULL && lost(flags, i, j))
+			if (chosen[i] != NULL && chosen[j] != NULL && options_lost(flags, i, j))
 				overridden[i] = true;
 		}
 	}
-}
-
-static int find_name(const char *name)
-{
-	for (int i = 0; i < ENCLOS_OPTION_COUNT; i++) {
-		if (strcmp(row_at(i)->name, name) == 0)
-			return i;
-	}
-	return -1;
 }
 
 /* A profile's option in place of an inherited one of its group, unless the command line has one of them (`own`). */
@@ -465,37 +293,37 @@ void options_replace(const char *name, const char *value, const char *own)
 	int index = find_name(name);
 
 	for (int i = 0; i < ENCLOS_OPTION_COUNT && index >= 0; i++) {
-		if (same_group(i, index) && listed(own, row_at(i)->name))
+		if (options_same_group(i, index) && options_listed(own, options_row(i)->name))
 			return;
 	}
 	for (int i = 0; i < ENCLOS_OPTION_COUNT && index >= 0; i++) {
-		if (same_group(i, index)) {
+		if (options_same_group(i, index)) {
 			free((char *)chosen[i]);
 			chosen[i] = NULL;
 		}
 	}
 	if (index >= 0)
-		choose(index, row_at(index)->has_arg ? value : row_at(index)->fixed);
+		choose(index, options_row(index)->has_arg ? value : options_row(index)->fixed);
 }
 
 /* An image, or the name of a container: either asks for one. */
 bool options_container_given(void)
 {
-	return chosen[find_key("image")] != NULL || chosen[find_key("name")] != NULL;
+	return chosen[options_find_key("image")] != NULL || chosen[options_find_key("name")] != NULL;
 }
 
 bool options_profile_given(void)
 {
-	return chosen[find_key("profile")] != NULL;
+	return chosen[options_find_key("profile")] != NULL;
 }
 
 /* The container as an error's subject. */
 const char *options_subject(void)
 {
 	static char subject[PATH_MAX];
-	int row = find_key(chosen[find_key("image")] != NULL ? "image" : "name");
+	int row = options_find_key(chosen[options_find_key("image")] != NULL ? "image" : "name");
 
-	snprintf(subject, sizeof(subject), "--%s=%s", row_at(row)->name, chosen[row] != NULL ? chosen[row] : "");
+	snprintf(subject, sizeof(subject), "--%s=%s", options_row(row)->name, chosen[row] != NULL ? chosen[row] : "");
 	return subject;
 }
 
@@ -507,7 +335,7 @@ static bool starts_relative(const char *path)
 /* The first option with a path that starts at the step's directory, as --container-NAME; NULL if there is none. */
 const char *options_relative(void)
 {
-	const char *entry = chosen[find_key("mounts")], *image = chosen[find_key("image")];
+	const char *entry = chosen[options_find_key("mounts")], *image = chosen[options_find_key("image")];
 
 	if (image != NULL && starts_relative(image))
 		return "--container-image";
@@ -522,7 +350,7 @@ const char *options_relative(void)
 /* For Slurm's own --container. */
 void options_use_image(const char *image)
 {
-	choose(find_key("image"), image);
+	choose(options_find_key("image"), image);
 }
 
 void options_add_fields(struct wire_out *out)
@@ -532,7 +360,7 @@ void options_add_fields(struct wire_out *out)
 
 		if (chosen[i] == NULL || overridden[i])
 			continue;
-		snprintf(key, sizeof(key), "option.%s", row_at(i)->key);
+		snprintf(key, sizeof(key), "option.%s", options_row(i)->key);
 		wire_add(out, key, chosen[i]);
 	}
 }

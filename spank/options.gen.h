@@ -2,7 +2,7 @@
 #ifndef ENCLOS_OPTIONS_GEN_H
 #define ENCLOS_OPTIONS_GEN_H
 
-#include "checks.h"
+#include "options.h"
 
 static const struct enclos_check enclos_checks_image[] = {
 	{ "^(.+)$", "argument required", "", ENCLOS_MATCH, 0, 0 },
@@ -122,18 +122,6 @@ static const struct enclos_check enclos_checks_network[] = {
 	{ "^(.+)$", "argument required", "", ENCLOS_MATCH, 0, 0 },
 	{ "^((job|host|none))$", "no such network (job, host or none)", "", ENCLOS_MATCH, 0, 0 },
 	{ NULL, NULL, NULL, ENCLOS_MATCH, 0, 0 },
-};
-
-struct enclos_option_row {
-	const char *name;      /* without the leading -- */
-	const char *arginfo;   /* NULL when it takes no value */
-	const char *usage;     /* for --help */
-	int has_arg;
-	const char *env;       /* read when no option with this key was given; NULL on a no- form */
-	const char *pyxis_env; /* the same under pyxis' name */
-	const char *key;       /* NAME of option.NAME on the wire */
-	const char *fixed;     /* the value when has_arg is 0 */
-	const struct enclos_check *checks; /* ends with words of NULL */
 };
 
 #define ENCLOS_OPTION_COUNT 23

@@ -96,7 +96,7 @@ bool pin_image(const char *image)
 	int status;
 
 	/* One that was inherited is of another step's moment. */
-	unsetenv(PINNED_VARIABLE);
+	part_unsetenv(PINNED_VARIABLE);
 	if (!may_move(image))
 		return true;
 	status = run_resolver(image, output);
@@ -104,7 +104,7 @@ bool pin_image(const char *image)
 		digest = strstr(output, "@" DIGEST);
 		if (digest != NULL && strlen(digest + 1) >= DIGEST_LENGTH &&
 		    snprintf(value, sizeof(value), "%s=%.*s", image, (int)DIGEST_LENGTH, digest + 1) < (int)sizeof(value))
-			setenv(PINNED_VARIABLE, value, 1);
+			part_setenv(PINNED_VARIABLE, value);
 		return true;
 	}
 	if (!WIFEXITED(status) || WEXITSTATUS(status) != 1 || strncmp(output, "enclos: ", 8) != 0 ||
@@ -121,6 +121,6 @@ void pin_add_field(spank_t spank, struct wire_out *out)
 {
 	char value[PINNED_LIMIT];
 
-	if (spank_getenv(spank, PINNED_VARIABLE, value, sizeof(value)) == ESPANK_SUCCESS)
+	if (part_spank_getenv(spank, PINNED_VARIABLE, value, sizeof(value)))
 		wire_add(out, "pinned", value);
 }

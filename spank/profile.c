@@ -20,6 +20,8 @@
 #define OPTIONS_VARIABLE "SLURM_ENCLOS_PROFILE"
 #define OWN_VARIABLE "SLURM_ENCLOS_OWN"
 #define KEPT_VARIABLE "SLURM_ENCLOS_KEPT"
+/* Variables of one part of a heterogeneous step, a line each. Elsewhere srun sets them itself. */
+#define SET_VARIABLE "SLURM_ENCLOS_SET"
 
 static bool expanded;
 
@@ -71,40 +73,47 @@ static char *read_profile(const char *name)
 }
 
 /* `set NAME=VALUE`: a variable of the job's, which counts more than the image's. */
-static void set_variable(char *text, char *kept, size_t size)
+static void set_variable(char *text, char *kept, size_t size, FILE *of_part)
 {
 	char *equals = strchr(text, '=');
 	size_t used = strlen(kept);
 
 	if (equals == NULL)
 		return;
+	if (parts_current() >= 0)
+		fprintf(of_part, "%s\n", text);
 	*equals = '\0';
-	setenv(text, equals + 1, 1);
+	if (parts_current() < 0)
+		setenv(text, equals + 1, 1);
 	snprintf(kept + used, size - used, "%s%s", used > 0 ? "," : "", text);
 }
 
 /* In the commands. Returns false after an error was printed. */
 bool profile_expand(const char *name)
 {
-	char *text, *rest, *line, *options, kept[4096] = "";
-	size_t used = 0;
+	char *text = read_profile(name), *rest, *line, *options = NULL, *set = NULL, kept[4096] = "";
+	size_t options_size, set_size;
+	FILE *options_file, *set_file;
 
-	text = read_profile(name);
 	if (text == NULL)
 		return false;
-	options = calloc(1, strlen(text) + 1);
-	for (rest = text; options != NULL && (line = strsep(&rest, "\n")) != NULL;) {
+	options_file = open_memstream(&options, &options_size);
+	set_file = open_memstream(&set, &set_size);
+	for (rest = text; options_file != NULL && set_file != NULL && (line = strsep(&rest, "\n")) != NULL;) {
 		if (strncmp(line, "set ", 4) == 0)
-			set_variable(line + 4, kept, sizeof(kept));
+			set_variable(line + 4, kept, sizeof(kept), set_file);
 		else if (line[0] != '\0')
-			used += (size_t)sprintf(options + used, "%s\n", line);
+			fprintf(options_file, "%s\n", line);
 	}
-	if (options != NULL)
-		setenv(OPTIONS_VARIABLE, options, 1);
+	if (options_file != NULL && fclose(options_file) == 0)
+		part_setenv(OPTIONS_VARIABLE, options);
+	if (set_file != NULL && fclose(set_file) == 0 && set_size > 0)
+		part_setenv(SET_VARIABLE, set);
 	if (kept[0] != '\0')
-		setenv(KEPT_VARIABLE, kept, 1);
+		part_setenv(KEPT_VARIABLE, kept);
 	expanded = true;
 	free(options);
+	free(set);
 	free(text);
 	return true;
 }
@@ -112,20 +121,21 @@ bool profile_expand(const char *name)
 /* In the commands, after all: which options the command line itself has. They count more than any profile. */
 void profile_note_own(const char *names)
 {
-	if (expanded || getenv(OPTIONS_VARIABLE) != NULL)
-		setenv(OWN_VARIABLE, names, 1);
+	if (expanded || part_getenv(OPTIONS_VARIABLE) != NULL)
+		part_setenv(OWN_VARIABLE, names);
+	expanded = false;
 }
 
 /* Did an allocation, whose environment this is, read a profile? */
 bool profile_inherited(void)
 {
-	return !expanded && getenv(OPTIONS_VARIABLE) != NULL;
+	return !expanded && part_getenv(OPTIONS_VARIABLE) != NULL;
 }
 
 /* In the commands: what the profile says of an option, for the caller to free; NULL if it says nothing. */
 char *profile_value(const char *option)
 {
-	const char *text = getenv(OPTIONS_VARIABLE);
+	const char *text = part_getenv(OPTIONS_VARIABLE);
 	size_t length = strlen(option);
 
 	for (; text != NULL && *text != '\0'; text += strcspn(text, "\n"), text += *text == '\n') {
@@ -133,6 +143,22 @@ char *profile_value(const char *option)
 			return strndup(text + length + 1, strcspn(text + length + 1, "\n"));
 	}
 	return NULL;
+}
+
+static void set_variables_of_part(spank_t spank)
+{
+	static char text[OUTPUT_LIMIT];
+	char *rest = text, *line, *equals;
+
+	if (!part_spank_getenv(spank, SET_VARIABLE, text, sizeof(text)))
+		return;
+	while ((line = strsep(&rest, "\n")) != NULL) {
+		equals = strchr(line, '=');
+		if (equals == NULL)
+			continue;
+		*equals = '\0';
+		spank_setenv(spank, line, equals + 1, 1);
+	}
 }
 
 /*
@@ -144,9 +170,9 @@ bool profile_apply(spank_t spank)
 	static char text[OUTPUT_LIMIT], own[2048];
 	char *rest = text, *line, *equals;
 
-	if (spank_getenv(spank, OPTIONS_VARIABLE, text, sizeof(text)) != ESPANK_SUCCESS)
+	if (!part_spank_getenv(spank, OPTIONS_VARIABLE, text, sizeof(text)))
 		return false;
-	if (spank_getenv(spank, OWN_VARIABLE, own, sizeof(own)) != ESPANK_SUCCESS)
+	if (!part_spank_getenv(spank, OWN_VARIABLE, own, sizeof(own)))
 		own[0] = '\0';
 	while ((line = strsep(&rest, "\n")) != NULL) {
 		equals = strchr(line, '=');
@@ -155,6 +181,7 @@ bool profile_apply(spank_t spank)
 		*equals = '\0';
 		options_replace(line, equals + 1, own);
 	}
+	set_variables_of_part(spank);
 	return true;
 }
 
@@ -163,6 +190,6 @@ void profile_add_fields(spank_t spank, struct wire_out *out)
 {
 	static char kept[4096];
 
-	if (spank_getenv(spank, KEPT_VARIABLE, kept, sizeof(kept)) == ESPANK_SUCCESS)
+	if (part_spank_getenv(spank, KEPT_VARIABLE, kept, sizeof(kept)))
 		wire_add(out, "option.env", kept);
 }

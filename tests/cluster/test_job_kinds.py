@@ -1,4 +1,4 @@
-"""Kinds of jobs that are more than one: arrays, heterogeneous jobs, and those that run again."""
+"""Kinds of jobs that are more than one: arrays, and those that run again. Heterogeneous ones: test_het.py."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import time
 from collections.abc import Callable
 
 import pytest
-from enclos.runtime.cluster import image as images
 from enclos.runtime.cluster.cluster import Cluster
 
 IMAGE = "--container-image=/images/openmpi.sqsh"
@@ -31,25 +30,6 @@ def test_tasks_of_an_array_share_nothing(idle: Cluster) -> None:
     for number in (1, 2, 3):
         rows = (idle.layout.shared / f"array-{number}").read_text().splitlines()
         assert [row for row in rows if not row.startswith("srun: ")] == ["fresh", str(number)]
-
-
-def test_parts_of_a_heterogeneous_job(make_cluster: Callable[..., Cluster]) -> None:
-    """One step over both parts, and one in each. (Slurm's builtin scheduler starts no such job.)"""
-    extra = "SchedulerType=sched/backfill\nSchedulerParameters=bf_interval=1\n"
-    cluster = make_cluster(2, slurm_conf_extra=extra)
-    images.install(cluster.layout.images)
-    part = f"-N1 -n1 {IMAGE}"
-    script = f"""
-        srun --het-group=0,1 {IMAGE} --container-network=job sh -c 'echo both $(hostname) $(ls /sys/class/net | xargs)'
-        srun --het-group=0 {part} --container-remap-root sh -c 'echo first $(hostname) $(id -u)'
-        srun --het-group=1 {part} sh -c 'echo second $(hostname) $(id -u)'"""
-    words = ["salloc", "-Q", "-N1", "-n1", "-w", "n1", ":", "-N1", "-n1", "-w", "n2", "bash", "-c", script]
-    done = cluster.run(words, "usera", timeout=60)
-    cluster.down()
-    assert done.returncode == 0, done.stderr
-    assert sorted(done.stdout.splitlines()) == [
-        "both n1 enclos0 lo", "both n2 enclos0 lo", "first n1 0", "second n2 61001",
-    ]  # fmt: skip
 
 
 @pytest.mark.parametrize("how", ["requeue", "down"])

@@ -63,7 +63,6 @@ def test_root_is_read_only(cluster: Cluster, release: str) -> None:
 # -- what differs -----------------------------------------------------------------------------------------
 
 IMAGE = "--container-image=/images/openmpi.sqsh"
-BACKFILL = "SchedulerType=sched/backfill\nSchedulerParameters=bf_interval=1,sched_interval=1\n"
 OCI = """\
 RunTimeQuery="true"
 RunTimeCreate="true"
@@ -76,8 +75,8 @@ RunTimeRun="/bin/echo by Slurm itself"
 
 @pytest.fixture(scope="module")
 def other(make_cluster: Callable[..., Cluster], release: str) -> Cluster:
-    """Het jobs need the backfill scheduler; Slurm's own key in place of munge is there from 23.11 on."""
-    rows, files = BACKFILL, {}
+    """Slurm's own key in place of munge is there from 23.11 on."""
+    rows, files = "", {}
     if release > "23.11":
         rows += "AuthType=auth/slurm\nCredType=cred/slurm\nAuthInfo=use_client_ids\n"
         files = {"slurm.key": "k" * 1024}
@@ -92,28 +91,6 @@ def test_slurms_own_key_in_place_of_munge(other: Cluster, release: str) -> None:
     done = other.run(f"srun -N2 -n2 {IMAGE} --container-network=job id -u", "usera")
     assert (done.returncode, done.stdout) == (0, "61001\n61001\n")
     assert "auth/slurm" in other.run("scontrol show config").stdout
-
-
-def test_het_job_has_the_pmix_directories_of_its_leader(other: Cluster) -> None:
-    listed = other.run("srun --mpi=list")
-    if "pmix" not in listed.stdout + listed.stderr:
-        pytest.skip("this Slurm is built without PMIx")
-    part = f"-n1 --mpi=pmix {IMAGE} sh -c 'echo $SLURM_JOB_ID $SLURM_HET_JOB_ID_GROUP_0 /run/slurmd/pmix*'"
-    done = other.run(f"srun {part} : {part}", "usera")
-    rows = [row.split() for row in done.stdout.splitlines()]
-    assert done.returncode == 0 and len(rows) == 2, done.stderr
-    leader = min(row[0] for row in rows)
-    assert {row[-1] for row in rows} == {f"/run/slurmd/pmix.{leader}.0"}
-    ring = other.run(f"srun -n1 --mpi=pmix {IMAGE} ring : -n1 --mpi=pmix {IMAGE} ring", "usera")
-    assert "ring of 2" in ring.stdout, ring.stderr
-
-
-def test_exit_status_of_a_het_step_is_that_of_the_failed_part(other: Cluster) -> None:
-    done = other.run(f"srun -n1 {IMAGE} true : -n1 {IMAGE} sh -c 'exit 9'", "usera")
-    assert done.returncode == 9
-    failed = other.run(f"srun -n1 {IMAGE} true : -n1 --container-image=/images/none true", "usera")
-    assert failed.returncode == 1
-    assert "enclos: --container-image=/images/none: image not found on n" in failed.stderr
 
 
 def test_oci_conf_gives_container_to_slurm(make_cluster: Callable[..., Cluster], release: str) -> None:
