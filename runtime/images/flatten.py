@@ -266,18 +266,20 @@ def split(name: bytes, what: str = "") -> list[bytes]:
 
     The root alone may be called `/`: `umoci insert` calls it so.
     """
-    what = what or f"the member {shown(name)}"
-    if name.startswith(b"/") and name.strip(b"/"):
-        raise BadLayer(f"{what} has an absolute path")
-    if b"\0" in name:
-        raise BadLayer(f"{what} has a NUL in its name")
-    parts = [part for part in name.split(b"/") if part and part != b"."]
-    for part in parts:
-        if part == b"..":
-            raise BadLayer(f"{what} has '..' in its path")
-        if len(part) > NAME_LIMIT:
-            raise BadLayer(f"{what} has a name longer than {NAME_LIMIT} bytes")
-    return parts
+    parts = name.split(b"/")
+    if b"" in parts or b"." in parts:
+        parts = [part for part in parts if part and part != b"."]
+    if name.startswith(b"/") and parts:
+        wrong = "has an absolute path"
+    elif b"\0" in name:
+        wrong = "has a NUL in its name"
+    elif b".." in parts:
+        wrong = "has '..' in its path"
+    elif len(name) > NAME_LIMIT and max(map(len, parts), default=0) > NAME_LIMIT:
+        wrong = f"has a name longer than {NAME_LIMIT} bytes"
+    else:
+        return parts
+    raise BadLayer(f"{what or f'the member {shown(name)}'} {wrong}")
 
 
 def shown(name: bytes) -> str:

@@ -119,16 +119,16 @@ class Reader:
             write(data)
 
     def _skip(self) -> None:
-        self._pump(self._left, lambda data: None)
-        if len(self._exactly(self._padding)) < self._padding:
+        if self._left:
+            self._pump(self._left, lambda data: None)
+        if self._padding and len(self._exactly(self._padding)) < self._padding:
             self._padding = 0  # The last block of umoci's archives may be cut; nothing of a file is in it.
 
     def _content(self, size: int) -> bytes:
         """The data of an extension header."""
         if size > EXTENSION_LIMIT:
             raise BadArchive(f"an extension header of {size} bytes")
-        data = self._exactly(size)
-        self._exactly(-size % BLOCK)
+        data = self._exactly(size + -size % BLOCK)[:size]
         if len(data) < size:
             raise BadArchive(f"it ends in the middle of a header, at byte {self.position}")
         return data
@@ -265,11 +265,9 @@ def _number(text: bytes) -> int:
     if text[0] & 0x80:
         value = int.from_bytes(text, "big") & ~(0x80 << 8 * (len(text) - 1))
         return value if text[0] == 0x80 else value - (1 << 8 * len(text) - 1)
-    digits = text.partition(b"\0")[0].strip()
-    if not digits:
-        return 0
+    digits = text.rstrip(b"\0 ").partition(b"\0")[0]
     try:
-        return int(digits, 8)
+        return int(digits or b"0", 8)
     except ValueError as error:
         raise BadArchive(f"a number that is none ({_shown(digits)})") from error
 
