@@ -200,6 +200,7 @@ class Build:
             # Until the last process of the sandbox is dead, the file may change.
             running.wait()
             self._sandboxes.end(running)
+            self._start_converters()  # Reading the part and writing it to the disk leave them room.
             size, digest = finish_part(self._store, output_fd, self._keys[index], own=self._order.own)
         finally:
             os.close(output_fd)
