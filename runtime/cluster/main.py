@@ -69,6 +69,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (ClusterError, ImageError, ReleaseError) as error:
         print(f"enclos-cluster: {error}", file=sys.stderr)
         return 1
+    except BrokenPipeError:
+        # The reader (head, less) has gone. Python would complain again when it flushes at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY | os.O_CLOEXEC), sys.stdout.fileno())
+        return 1
 
 
 def up(options: argparse.Namespace) -> int:

@@ -216,7 +216,8 @@ class Imports:
         whole = self._keys([resolved.layers])
         reuse = self.cache.reusable(want.uid, source).intersection(keys)
         size = sum(layer.bytes for layer in resolved.layers)
-        running.tell(f"importing {want.reference.text} ({len(resolved.layers)} layers, {size / 1e6:.0f} MB)")
+        count = f"{len(resolved.layers)} layer{'s' * (len(resolved.layers) != 1)}"
+        running.tell(f"importing {want.reference.text} ({count}, {size / 1e6:.0f} MB)")
         self.cache.keep_parts(reuse)
         made += [known[key] for key in reuse]
         if want.reference.is_registry:

@@ -268,6 +268,16 @@ def test_status_and_errors_are_words(cluster: Cluster) -> None:
         Cluster.up("../evil")
 
 
+def test_a_reader_that_goes_away_gets_no_traceback(cluster: Cluster) -> None:
+    status = subprocess.Popen(
+        [*COMMAND, "status", "--name", cluster.name], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    assert status.stdout is not None
+    status.stdout.close()
+    _, messages = status.communicate(timeout=60)
+    assert (status.returncode, messages) == (1, "")
+
+
 def test_slurm_conf_extra_replaces_our_rows(make_cluster: Callable[..., Cluster]) -> None:
     changed = make_cluster(1, cpus=3, slurm_conf_extra="KillWait=17\n", plugstack="optional")
     assert re.search(r"KillWait\s+= 17 sec", changed.run(["scontrol", "show", "config"]).stdout)
