@@ -30,6 +30,7 @@ def adopt(agent: Agent) -> None:
     around.named.adopt_all()
     networks: dict[int, int] = {}
     served: dict[tuple[int, int], ServedImage] = {}
+    vnis: set[int] = set()
     for name, record in around.journal.read("step"):
         try:
             step = _adopt_step(agent, record, networks, served)
@@ -42,6 +43,7 @@ def adopt(agent: Agent) -> None:
             around.journal.remove(name)
         if step is not None:
             agent.watch(step)
+            vnis.add(int(step.record.get("vni", 0)))
             if (user_fd := step.user_namespace()) >= 0:
                 step.share(user_fd)
             around.named.rejoin(step, str(step.record.get("named", "")))
@@ -52,7 +54,7 @@ def adopt(agent: Agent) -> None:
         except DAMAGED as error:
             log.warning("journal record %s is damaged (%r), ignoring", name, error)
             around.journal.remove(name)
-    around.jobs.evict_strangers(networks)
+    around.jobs.evict_strangers(vnis)
     for fd in networks.values():
         os.close(fd)
 

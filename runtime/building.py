@@ -385,7 +385,8 @@ class NodeStep(Step):
         namespace may get the number.
         """
         if kind == "job":
-            self._net_fd = os.dup((await self._around.jobs.network(self.request.job, self.request.uid)).netns_fd)
+            made = await self._around.jobs.network(self.request.job, self.request.uid)
+            self._net_fd, self.record["vni"] = os.dup(made.netns_fd), made.vni
         elif kind == "none":
             try:
                 self._net_fd = namespace.create_private()
@@ -685,6 +686,7 @@ def _record(request: StepRequest) -> dict[str, Any]:
         "stepd_start": start_time(request.stepd),
         "namespaces": {},
         "netns": None,
+        "vni": 0,
         "server": None,
         "cgroup": "",
         "name": request.name,

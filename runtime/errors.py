@@ -1061,6 +1061,16 @@ def no_job_facts(job: int) -> EnclosError:
     )
 
 
+def parts_unknown(leader: int) -> EnclosError:
+    """slurmctld did not say which nodes the parts of a heterogeneous job have."""
+    return AdminError(
+        "--container-network=job",
+        f"the nodes of the parts of heterogeneous job {leader} are not known",
+        "slurmctld did not tell them",
+        "try again; " + ADMIN + f"'squeue --jobs={leader}' has to work for root on the node",
+    )
+
+
 def not_in_nodelist(node: str) -> EnclosError:
     """The job's node list does not have this node."""
     return AdminError(

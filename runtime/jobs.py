@@ -171,7 +171,8 @@ class Jobs:
             uid: whose step asks; nobody but the job's user gets into it.
 
         Raises:
-            EnclosError: no_job_facts, not_in_nodelist, name_unknown, underlay_not_found, vni_in_use, network_failed.
+            EnclosError: no_job_facts, parts_unknown, not_in_nodelist, name_unknown, underlay_not_found, vni_in_use,
+                network_failed.
         """
         job = self._jobs.get(job_id)
         if job is None or job.facts.uid != uid:
@@ -234,13 +235,13 @@ class Jobs:
 
     async def _spec(self, job: Job) -> OverlaySpec:
         """The whole network as this node has to know it; every node computes the same."""
-        node_names = self._node_names(job.facts)
+        node_names = await self._node_names(job.facts)
         settings = self._config.network
         addresses = await self._resolve(node_names, settings.underlay.name)
         nodes = enumerate(zip(node_names, addresses, strict=True))
         peers = tuple(Peer(index, name, address) for index, (name, address) in nodes)
         return OverlaySpec(
-            vni=names.job_vni(job.facts.job),
+            vni=names.job_vni(job.facts.leader or job.facts.job),
             port=settings.port,
             ifname=settings.ifname,
             mtu=self._underlay.overlay_mtu,
@@ -252,14 +253,25 @@ class Jobs:
             ipv6=settings.ipv6,
         )
 
-    def _node_names(self, job_facts: JobFacts) -> list[str]:
-        try:
-            node_names = hostlist.expand(job_facts.nodelist)
-        except hostlist.BadHostlist as error:
-            raise errors.no_job_facts(job_facts.job) from error
+    async def _node_names(self, job_facts: JobFacts) -> list[str]:
+        node_names = _expanded(job_facts)
         if self._node not in node_names:
             raise errors.not_in_nodelist(self._node)
-        return node_names
+        return await self._names_of_parts(job_facts) if job_facts.leader else node_names
+
+    async def _names_of_parts(self, job_facts: JobFacts) -> list[str]:
+        """The nodes of all parts of a heterogeneous job, part by part: they are one network.
+
+        A part's prolog tells its own nodes only. Which other jobs are parts of the same one is slurmctld's word
+        alone, and so is that this job is one.
+        """
+        parts = await controller.ask_parts(job_facts.leader) or []
+        if any(part.uid != job_facts.uid for part in parts) or job_facts.job not in {part.job for part in parts}:
+            raise errors.parts_unknown(job_facts.leader)
+        found = list(dict.fromkeys(name for part in parts for name in _expanded(part)))
+        if self._node not in found:
+            raise errors.parts_unknown(job_facts.leader)
+        return found
 
     async def _resolve(self, node_names: list[str], pattern: str) -> list[str]:
         """From /etc/hosts at once, else by a child that may wait for DNS."""
@@ -346,14 +358,22 @@ class Jobs:
         """Remove from the node's guard what belongs to no job that was adopted.
 
         Args:
-            others: jobs of running steps whose own record was lost.
+            others: VNIs of networks in which a step runs, whose job's own record was lost.
         """
-        known = {names.job_vni(job_id) for job_id in others}
+        known = set(others)
         known |= {job.network.vni for job in self._jobs.values() if job.network is not None}
         for vni, address in sorted(self._guard.elements()):
             if vni not in known:
                 family = socket.AF_INET if len(address) == 4 else socket.AF_INET6
                 self._evict(0, vni, [socket.inet_ntop(family, address)])
+
+
+def _expanded(job_facts: JobFacts) -> list[str]:
+    """The names in a job's node list."""
+    try:
+        return hostlist.expand(job_facts.nodelist)
+    except hostlist.BadHostlist as error:
+        raise errors.no_job_facts(job_facts.job) from error
 
 
 def _network(netns_fd: int, spec: OverlaySpec) -> JobNetwork:

@@ -33,7 +33,7 @@ log = logging.getLogger("enclosd")
 
 # Of a step's record: not for people.
 HIDDEN = (
-    *("stepd_start", "namespaces", "netns", "server", "limits"),
+    *("stepd_start", "namespaces", "netns", "vni", "server", "limits"),
     *("named", "remap_root", "mount_home", "gpus", "environment", "entering"),
 )
 

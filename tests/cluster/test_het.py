@@ -6,9 +6,16 @@ so they have a cluster of their own.
 
 from __future__ import annotations
 
+import json
+import re
+import shutil
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
 
 import pytest
+from enclos.netns import names
 from enclos.runtime.cluster import image as images
 from enclos.runtime.cluster.cluster import Cluster
 
@@ -31,6 +38,7 @@ SHOW = (
 def het(make_cluster: Callable[..., Cluster]) -> Iterator[Cluster]:
     made = make_cluster(3, slurm_conf_extra=BACKFILL)
     images.install(made.layout.images)
+    shutil.copy(Path(__file__).with_name("peer.py"), made.layout.shared / "peer.py")
     folder = made.layout.homes / "usera/.edf"
     folder.mkdir()
     for name, text in PROFILES.items():
@@ -103,6 +111,101 @@ def test_parts_in_an_ordinary_allocation(het: Cluster) -> None:
     done = het.run(["salloc", "-Q", "-N2", "-n2", "bash", "-c", script], "usera", timeout=60, env={"S": SHOW})
     assert done.returncode == 1 and done.stdout == ""
     assert "enclos: container options: which part of the heterogeneous step this is cannot be told" in done.stderr
+
+
+# -- one network for all parts ----------------------------------------------------------------------------
+
+TOOLS = f"{IMAGE} --container-mounts=/usr:/usr:ro,/shared:/shared --container-network=job"
+PEER = "/usr/bin/python3 /shared/peer.py"
+THREE = ("-N1", "-n1", "-w", "n3", ":", "-N2", "-n2", "-w", "n1,n2")
+
+
+@contextmanager
+def serving(cluster: Cluster, *words: str) -> Iterator[list[str]]:
+    """A job of two parts, n3 and n1-n2, with a service on n1; the body has the ids of its parts."""
+    script = "echo $SLURM_JOB_ID_HET_GROUP_0 $SLURM_JOB_ID_HET_GROUP_1 >&2;"
+    script += f"srun --overlap --het-group=1 -N1 -n1 -w n1 {TOOLS} {PEER} serve 7777 30 here"
+    with cluster.popen(["salloc", "-Q", *(words or THREE), "bash", "-c", script], "usera") as running:
+        assert running.stderr is not None and running.stdout is not None
+        ids = running.stderr.readline().split()
+        assert "serving" in running.stdout.readline()
+        try:
+            yield ids
+        finally:
+            cluster.run(["scancel", *ids])
+            running.kill()
+            running.wait(20)
+    cluster.await_idle()
+
+
+def told(cluster: Cluster, words: str, user: str = "usera") -> list[dict[str, Any]]:
+    done = cluster.run(f"srun -Q {words}", user, timeout=60)
+    assert done.returncode == 0, done.stderr
+    return [json.loads(row) for row in done.stdout.splitlines() if row.startswith("{")]
+
+
+def test_parts_share_one_network(het: Cluster) -> None:
+    """A service of one part is found by name from the other, and from a node of its own part."""
+    with serving(het) as (leader, _):
+        for part, node in enumerate(("n3", "n2")):
+            step = f"--jobid={leader} --het-group={part} --overlap -N1 -n1 -w {node}"
+            answers = told(het, f"{step} {TOOLS} {PEER} ask 7777 n1")
+            assert [row.get("text") for row in answers] == ["here"]
+        # The same in every part: its nodes in the order of the parts, under the number of the leader.
+        shown = told(het, f"--jobid={leader} --het-group=0 --overlap -N1 -n1 {TOOLS} {PEER} resolve n3 n1 n2")
+        assert [row["addresses"] for row in shown] == [
+            [f"10.77.0.{place}", f"fd65:6e63:6c6f::{names.job_vni(int(leader)):x}:0:{place}"] for place in (1, 2, 3)
+        ]
+
+
+def test_nobody_else_is_in_it(het: Cluster) -> None:
+    """Neither another user's job nor another one of the same user, on the same nodes; names are not forged."""
+    with serving(het) as (leader, _):
+        forged = f"env SLURM_HET_JOB_ID={leader} SLURM_JOB_ID_HET_GROUP_0={leader} srun -Q --export=ALL"
+        ask = f"-N2 -n2 -w n1,n2 {TOOLS} {PEER} ask 7777 n1 10.77.0.2 10.90.0.2"
+        for user, command in (("userb", "srun -Q"), ("usera", "srun -Q"), ("usera", forged)):
+            done = het.run(f"{command} {ask}", user, timeout=60)
+            rows = [json.loads(row) for row in done.stdout.splitlines() if row.startswith("{")]
+            assert len(rows) == 6 and [row for row in rows if "text" in row] == [], done.stdout
+
+
+def test_a_network_of_parts_outlives_the_agent(het: Cluster) -> None:
+    """Adopted by an agent after this one, it still has the nodes of all parts; at the end of the job it is gone."""
+    with serving(het) as (leader, _):
+        for node in ("n1", "n3"):
+            het.restart_agent(node, 9)
+        answers = told(het, f"--jobid={leader} --het-group=0 --overlap -N1 -n1 {TOOLS} {PEER} ask 7777 n1 n2")
+        assert [row.get("text") for row in answers] == ["here", None]
+    for node in het.nodes:
+        shown = het.run(["sh", "-c", "ip -o link show type vxlan; nft list table inet enclos"], node=node).stdout
+        assert "peers4" in shown and "elements" not in shown
+        assert set(re.findall(r"^\d+: ([^:@]+)", shown, re.MULTILINE)) == set(names.HOLDER_NAMES.values())
+
+
+def test_parts_without_slurmctlds_word_have_no_network(het: Cluster) -> None:
+    """Not even their own: a container on another network than it asked for would be worse."""
+    script = f"srun --het-group=0 -Q {IMAGE} --container-network=job true"
+    hide = ["sh", "-c", "mount --bind /bin/false $(command -v squeue)"]
+    assert het.run(hide, node="n1").returncode == 0
+    try:
+        done = het.run(["salloc", "-Q", "-wn1", ":", "-wn2", "bash", "-c", script], "usera", timeout=60)
+    finally:
+        het.run(["sh", "-c", "umount $(command -v squeue)"], node="n1")
+    assert done.returncode == 1
+    line = "the nodes of the parts of heterogeneous job"
+    assert any(f"enclos: --container-network=job: {line}" in row for row in done.stderr.splitlines()), done.stderr
+
+
+def test_mpi_runs_across_parts_on_their_network(het: Cluster) -> None:
+    listed = het.run("srun --mpi=list")
+    if "pmix" not in listed.stdout + listed.stderr:
+        pytest.skip("this Slurm is built without PMIx")
+    part = f"-N1 -n1 --mpi=pmix {IMAGE} --container-network=job ring"
+    done = het.run(f"srun -Q {part} : {part}", "usera", timeout=60)
+    assert "ring of 2" in done.stdout, done.stderr
+
+
+# -- Slurm's own ------------------------------------------------------------------------------------------
 
 
 def test_het_job_has_the_pmix_directories_of_its_leader(het: Cluster) -> None:

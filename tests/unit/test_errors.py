@@ -135,6 +135,7 @@ SAMPLES: dict[str, tuple[object, ...]] = {
     "network_forbidden": ("none", ("host", "job")),
     "vni_in_use": (43,),
     "no_job_facts": (42,),
+    "parts_unknown": (42,),
     "journal_failed": ("/run/enclos/journal", errno.ENOSPC),
     "not_in_nodelist": ("n012",),
     "name_unknown": ("n013-ib",),
