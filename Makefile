@@ -105,7 +105,7 @@ install: $(SHIM) ## install for a site: DESTDIR=, prefix=/usr/local, sysconfdir=
 	        '$(PYTHON)' '$(libdir)/python' "$${row#*:}" > "$$program"; \
 	    chmod 755 "$$program"; \
 	done
-	install -m 755 $(SHIM) build/slurm-command $(DESTDIR)$(libdir)/
+	install -m 755 $(SHIM) build/slurm-command build/slurm-opened.so $(DESTDIR)$(libdir)/
 	test -e $(DESTDIR)$(sysconfdir)/enclos/enclos.yaml || install -m 644 conf/enclos.yaml $(DESTDIR)$(sysconfdir)/enclos/
 	sed 's|^ExecStart=.*|ExecStart=$(prefix)/bin/enclosd|' conf/enclosd.service > $(DESTDIR)$(unitdir)/enclosd.service
 	install -D -m 644 conf/completion/enclos.bash $(DESTDIR)$(prefix)/share/bash-completion/completions/enclos

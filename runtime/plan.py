@@ -219,7 +219,8 @@ def _early(
     yield op.MakeDirectory("/tmp", 0o1777)
     yield op.MakeDirectory(home, 0o700)
     if node.slurm:
-        yield op.WriteProgram(commands, node.slurm.program)
+        for paths, program in node.slurm.programs():
+            yield op.WriteProgram(paths, program)
     if node.devices:
         yield op.AttachDevices()
         yield op.JoinLibraries()

@@ -45,18 +45,20 @@ class SlurmClient:
         loader: the dynamic loader that they name.
         libraries: directories with all their libraries, and their plugins'.
         places: files and directories that have to be at the same path inside.
-        fallbacks: libraries that a plugin opens by their full path, which are mounted where the image has none.
+        opened: libraries that a plugin opens by their full path.
         accounts: names of users that slurm.conf holds, which the commands look up.
         program: the bytes of the program that stands for them.
+        preloaded: the bytes of the library that leads them to the node's `opened`; empty where the loader takes none.
     """
 
     commands: tuple[tuple[str, str], ...]
     loader: str
     libraries: tuple[str, ...]
     places: tuple[str, ...]
-    fallbacks: tuple[str, ...]
+    opened: tuple[str, ...]
     accounts: tuple[str, ...]
     program: bytes
+    preloaded: bytes
 
     def mounts(self) -> tuple[Mount, ...]:
         """What is mounted where, in the form of a user's mounts."""
@@ -64,10 +66,20 @@ class SlurmClient:
         pairs += [(real, f"{PLACE}/bin/{os.path.basename(path)}") for path, real in self.commands]
         pairs += [(directory, f"{PLACE}/lib/{index}") for index, directory in enumerate(self.libraries)]
         pairs += [(path, path) for path in self.places]
-        always = [Mount(source, target, "bind", True, (), f"{source}:{target}") for source, target in pairs]
-        # A program of the image keeps the library that it was linked with: for srun any will do.
-        options = ("nofail", WHERE_MISSING)
-        return (*always, *(Mount(path, path, "bind", True, options, f"{path}:{path}") for path in self.fallbacks))
+        if self.preloaded:
+            pairs += [(path, f"{PLACE}/opened{path}") for path in self.opened]
+        found = [Mount(source, target, "bind", True, (), f"{source}:{target}") for source, target in pairs]
+        if not self.preloaded:
+            # A program of the image keeps the library that it was linked with, and srun has to do with it.
+            options = ("nofail", WHERE_MISSING)
+            found += [Mount(path, path, "bind", True, options, f"{path}:{path}") for path in self.opened]
+        return tuple(found)
+
+    def programs(self) -> Iterator[tuple[tuple[str, ...], bytes]]:
+        """What of ours is put at which paths."""
+        yield tuple(path for path, _ in self.commands), self.program
+        if self.preloaded:
+            yield (f"{PLACE}/opened.so",), self.preloaded
 
 
 _known: dict[tuple[tuple[str, int], ...], SlurmClient] = {}
@@ -112,9 +124,10 @@ def _look(srun: str, configuration: str) -> SlurmClient:
         loader=loader,
         libraries=tuple(directories),
         places=tuple(dict.fromkeys(places)),
-        fallbacks=tuple(by_path),
+        opened=tuple(by_path),
         accounts=tuple(dict.fromkeys(["root", *(settings.get(key, "root") for key in ("slurmuser", "slurmduser"))])),
-        program=_program(),
+        program=_beside_the_plugin("slurm-command"),
+        preloaded=_beside_the_plugin("slurm-opened.so") if by_path and _preloads(loader) else b"",
     )
 
 
@@ -203,11 +216,20 @@ def _needed(files: list[str]) -> tuple[str, list[str]]:
     return (os.path.realpath(loaders[0]) if loaders else ""), list(dict.fromkeys(libraries))
 
 
-def _program() -> bytes:
-    """spank/command.c: `make install` puts it beside the package's folder, a checkout has it in build."""
+def _preloads(loader: str) -> bool:
+    """Whether the loader takes --preload: from glibc 2.30 on."""
+    try:
+        done = subprocess.run([loader, "--help"], capture_output=True, text=True, timeout=LDD_SECONDS, check=False)
+    except (OSError, subprocess.TimeoutExpired):
+        return False
+    return "--preload" in done.stdout
+
+
+def _beside_the_plugin(name: str) -> bytes:
+    """What spank/command.c or opened.c makes: `make install` puts it beside the package, a checkout has it in build."""
     here = Path(__file__).resolve()
-    candidates = [here.parents[1] / "build/slurm-command", here.parents[3] / "slurm-command"]
+    candidates = [here.parents[1] / "build" / name, here.parents[3] / name]
     for candidate in candidates:
         if candidate.is_file():
             return candidate.read_bytes()
-    raise errors.slurm_commands_missing("slurm-command is not installed beside the plugin")
+    raise errors.slurm_commands_missing(f"{name} is not installed beside the plugin")

@@ -68,7 +68,7 @@ if [ "$(cat "$build/root" 2> /dev/null)" != "$root" ]; then
 fi
 make --no-print-directory -s -C "$checkout/spank" BUILD="$build"
 # `make install` puts these beside the folder of the package.
-place() { cp "$build/slurm-command" "$build"/venv/lib/python3*/; }
+place() { cp "$build/slurm-command" "$build/slurm-opened.so" "$build"/venv/lib/python3*/; }
 if [ "$(cat "$build/python" 2> /dev/null)" = "$digest" ]; then place; exit 0; fi
 [ -x "$build/venv/bin/python3" ] || python3 -m venv --system-site-packages "$build/venv"
 copy=$(mktemp -d)
