@@ -73,7 +73,7 @@ test-releases: all ## what depends on Slurm's release, on the other two, as root
 # The first time, the kernels are downloaded, to /var/cache/enclos-vm: a minute.
 test-vm: all ## the tests marked vm on Linux 6.1 and the newest, in qemu, as root
 	@tests/part vm tests/vm
-	@status=0; for kernel in new 6.1; do \
+	@status=0; for kernel in new 6.1 exclusive; do \
 	    echo "== Linux $$kernel"; \
 	    tests/part --kernel "$$kernel" "vm-$$kernel" || status=1; \
 	done; exit $$status

@@ -82,3 +82,20 @@ class RulesRefused(NetworkFact):
     def __init__(self, text: str) -> None:
         super().__init__(text)
         self.text = text
+
+
+class DeviceMissing(NetworkFact):
+    """No RDMA device `.name` in the namespace that was looked in."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__(f"no RDMA device {name}")
+        self.name = name
+
+
+class DeviceInUse(NetworkFact):
+    """The node itself, or a program on it, uses an RDMA device; `.name`, `.reason`."""
+
+    def __init__(self, name: str, reason: str) -> None:
+        super().__init__(f"{name}: {reason}")
+        self.name = name
+        self.reason = reason

@@ -31,6 +31,7 @@ RTM_GETLINK = 18
 RTM_NEWADDR = 20
 RTM_GETADDR = 22
 RTM_NEWROUTE = 24
+RTM_GETROUTE = 26
 RTM_NEWNEIGH = 28
 RTM_NEWNSID = 88
 NETNSA_NSID = 1
@@ -40,11 +41,14 @@ IFF_NOARP = 0x80
 IFLA_ADDRESS = 1
 IFLA_IFNAME = 3
 IFLA_MTU = 4
+IFLA_LINK = 5
+IFLA_MASTER = 10
 IFLA_LINKINFO = 18
 IFLA_INFO_KIND = 1
 IFLA_INFO_DATA = 2
 IFLA_AF_SPEC = 26
 IFLA_NET_NS_FD = 28
+IFLA_LINK_NETNSID = 37
 IFLA_EXT_MASK = 29
 IFLA_TARGET_NETNSID = 46
 RTEXT_FILTER_SKIP_STATS = 8
@@ -70,6 +74,7 @@ RTA_DST = 1
 RTA_OIF = 4
 RTA_PREFSRC = 7
 RT_TABLE_MAIN = 254
+RTPROT_KERNEL = 2
 RTPROT_STATIC = 4
 RT_SCOPE_UNIVERSE = 0
 RT_SCOPE_LINK = 253
@@ -102,6 +107,21 @@ class Link(NamedTuple):
     kind: str
     vni: int
     port: int
+
+
+class Card(NamedTuple):
+    """An interface as a piece of hardware: what it is, and whether something is built on it.
+
+    `master` is the ifindex of the bridge or bond it is in, `lower` that of the interface it stands on; 0 for none.
+    """
+
+    ifindex: int
+    name: str
+    flags: int
+    type: int
+    mac: bytes
+    master: int
+    lower: int
 
 
 class LinkAddress(NamedTuple):
@@ -250,6 +270,58 @@ def parse_link(reply: Reply) -> Link:
                 vni = NUMBER.unpack(data[IFLA_VXLAN_ID])[0]
                 port = int.from_bytes(data[IFLA_VXLAN_PORT], "big")
     return Link(index, name, flags, mtu, kind, vni, port)
+
+
+def list_cards(nl: Netlink) -> list[Card]:
+    """Every interface of nl's namespace."""
+    quiet = number(IFLA_EXT_MASK, RTEXT_FILTER_SKIP_STATS)
+    request = message(RTM_GETLINK, NLM_F_DUMP, IFINFOMSG.pack(0, 0, 0, 0, 0), quiet)
+    return [parse_card(reply) for reply in nl.query(request, "interfaces")]
+
+
+def parse_card(reply: Reply) -> Card:
+    """An RTM_NEWLINK message."""
+    _family, kind, index, flags, _change = IFINFOMSG.unpack_from(reply.body)
+    found = dict(attributes(reply.body, IFINFOMSG.size))
+    # An interface on one of another namespace has that namespace's index in IFLA_LINK.
+    lower = _index(found, IFLA_LINK) if IFLA_LINK_NETNSID not in found else 0
+    mac = found.get(IFLA_ADDRESS, b"")
+    return Card(index, _text(found.get(IFLA_IFNAME, b"")), flags, kind, mac, _index(found, IFLA_MASTER), lower)
+
+
+def _index(found: dict[int, bytes], kind: int) -> int:
+    return int(NUMBER.unpack(found[kind])[0]) if kind in found else 0
+
+
+def list_route_links(nl: Netlink) -> set[int]:
+    """The interfaces over which somebody has laid routes: the kernel makes others by itself for each that is up."""
+    request = message(RTM_GETROUTE, NLM_F_DUMP, RTMSG.pack(0, 0, 0, 0, 0, 0, 0, 0, 0))
+    found = set()
+    for reply in nl.query(request, "routes"):
+        protocol = RTMSG.unpack_from(reply.body)[5]
+        parts = dict(attributes(reply.body, RTMSG.size))
+        if protocol != RTPROT_KERNEL and RTA_OIF in parts:
+            found.add(int(NUMBER.unpack(parts[RTA_OIF])[0]))
+    return found
+
+
+def move_link(index: int, netns_fd: int) -> bytes:
+    """Give an interface to another namespace, down and without addresses; EEXIST where its name is taken there."""
+    return message(RTM_NEWLINK, 0, IFINFOMSG.pack(0, 0, index, 0, 0), number(IFLA_NET_NS_FD, netns_fd))
+
+
+def set_down(index: int, name: str = "") -> bytes:
+    """Take it down, and give it its name."""
+    rename = text(IFLA_IFNAME, name) if name else b""
+    return message(RTM_NEWLINK, 0, IFINFOMSG.pack(0, 0, index, 0, IFF_UP), rename)
+
+
+def add_own_address(index: int, address: bytes, prefix: int) -> bytes:
+    """An address with the route to its block, as `ip address add` does."""
+    version = 4 if len(address) == 4 else 6
+    parts = attribute(IFA_LOCAL, address), attribute(IFA_ADDRESS, address), number(IFA_FLAGS, IFA_F_NODAD)
+    header = IFADDRMSG.pack(FAMILY[version], prefix, 0, RT_SCOPE_UNIVERSE, index)
+    return message(RTM_NEWADDR, CREATE, header, *parts)
 
 
 def get_addresses(nl: Netlink) -> list[LinkAddress]:

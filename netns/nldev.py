@@ -21,6 +21,7 @@ RDMA_NL_NLDEV = 5
 
 RDMA_NLDEV_CMD_GET = 1
 RDMA_NLDEV_CMD_SET = 2
+RDMA_NLDEV_CMD_NEWLINK = 3
 RDMA_NLDEV_CMD_PORT_GET = 5
 RDMA_NLDEV_CMD_SYS_GET = 6
 RDMA_NLDEV_CMD_SYS_SET = 7
@@ -192,6 +193,15 @@ def move_device(index: int, netns_fd: int) -> bytes:
     return request(RDMA_NLDEV_CMD_SET, 0, *where)
 
 
+def add_link(name: str, kind: str, ifname: str) -> bytes:
+    """A software device ("rxe", "siw") on an interface of the namespace; it is gone with the interface.
+
+    EEXIST where the name is taken, in any namespace, or the interface has one; EINVAL for an unknown kind.
+    """
+    parts = ("DEV_NAME", name), ("LINK_TYPE", kind), ("NDEV_NAME", ifname)
+    return request(RDMA_NLDEV_CMD_NEWLINK, 0, *((f"RDMA_NLDEV_ATTR_{key}", value) for key, value in parts))
+
+
 def count_resources() -> bytes:
     """How many queue pairs, memory regions and so on each device has."""
     return request(RDMA_NLDEV_CMD_RES_GET, NLM_F_DUMP)
@@ -322,13 +332,18 @@ def counts(nl: Netlink) -> dict[str, dict[str, int]]:
     return dict(parse_counts(reply) for reply in nl.query(count_resources(), "RDMA resources"))
 
 
-def kernel_owners(nl: Netlink, device: RdmaDevice) -> set[str]:
-    """Kernel modules that have queue pairs or connections on the device (ib_core's are there always)."""
-    found: set[str] = set()
+def resources(nl: Netlink, device: RdmaDevice) -> list[Resource]:
+    """The queue pairs and connections on a device."""
+    found: list[Resource] = []
     for command in (RDMA_NLDEV_CMD_RES_QP_GET, RDMA_NLDEV_CMD_RES_CM_ID_GET):
         for reply in nl.query(list_resources(command, device.dev_index), f"resources of {device.name}"):
-            found |= {resource.owner for resource in parse_resources(reply) if resource.owner}
+            found += parse_resources(reply)
     return found
+
+
+def kernel_owners(nl: Netlink, device: RdmaDevice) -> set[str]:
+    """Kernel modules that have queue pairs or connections on the device (ib_core's are there always)."""
+    return {resource.owner for resource in resources(nl, device) if resource.owner}
 
 
 def chardev(nl: Netlink, device: RdmaDevice, kind: str) -> str:

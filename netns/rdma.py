@@ -11,7 +11,8 @@ import os
 from typing import NamedTuple
 
 from enclos.netns import nldev
-from enclos.netns.facts import KernelRefused
+from enclos.netns.facts import DeviceMissing, KernelRefused
+from enclos.netns.namespace import inside
 from enclos.netns.netlink import Netlink
 
 FOLDER = "/dev/infiniband"
@@ -48,6 +49,30 @@ def find() -> NodeRdma:
         return NodeRdma("", ())
     with nl:
         return NodeRdma(nldev.mode(nl), tuple(_describe(nl, device) for device in nldev.devices(nl)))
+
+
+def mode() -> str:
+    """The kernel's mode, "" where it has no RDMA."""
+    try:
+        nl = Netlink(nldev.NETLINK_RDMA)
+    except OSError:
+        return ""
+    with nl:
+        return nldev.mode(nl)
+
+
+def find_one(name: str, netns_fd: int) -> NodeDevice:
+    """A device of another namespace; the kernel may have given it other nodes when it came there.
+
+    Raises:
+        DeviceMissing: it is not there.
+        KernelRefused: the kernel does not answer as it should.
+    """
+    with inside(netns_fd), Netlink(nldev.NETLINK_RDMA) as nl:
+        for device in nldev.devices(nl):
+            if device.name == name:
+                return _describe(nl, device)
+    raise DeviceMissing(name)
 
 
 def _describe(nl: Netlink, device: nldev.RdmaDevice) -> NodeDevice:

@@ -13,18 +13,22 @@ from pathlib import Path
 
 from enclos.runtime.cluster import image
 
-from vm import guest, kernels
+from vm import guest, kernels, rxe
 
 ROOT = Path(__file__).resolve().parents[2]
 # In a guest a feature that is missing is a failure, where the same test skips on the host; and everything takes longer.
 VARIABLES = {"ENCLOS_REQUIRE": "cgroup2 rdma", "ENCLOS_CLUSTER_DEADLINE": "200"}
+EXCLUSIVE = "exclusive"
+KERNEL_HELP = "which kernel (default: new); exclusive: the new one, with RDMA devices that belong to one namespace"
+MARKS = {"new": "vm or vm_new", EXCLUSIVE: "vm_exclusive"}
+CABLES = 4
 TESTS = ("tests/kernel", "tests/cluster")
 
 
 def main() -> int:
     """Parse the command line and run it."""
     parser = argparse.ArgumentParser(prog="tests/vm/vm", description=__doc__)
-    parser.add_argument("--kernel", default="new", choices=kernels.SUITES, help="which kernel (default: new)")
+    parser.add_argument("--kernel", default="new", choices=(*kernels.SUITES, EXCLUSIVE), help=KERNEL_HELP)
     parser.add_argument("--timeout", type=float, default=1200, help="seconds after which a guest is ended")
     verbs = parser.add_subparsers(dest="verb", required=True)
     verbs.add_parser("shell", help="a shell in a guest; exit ends it, ctrl-A x at once")
@@ -38,12 +42,28 @@ def main() -> int:
         print(f"vm: not installed: {guest.QEMU}; `make deps` installs what is needed", file=sys.stderr)
         return 1
     try:
-        kernel = kernels.fetch(arguments.kernel)
-        machine = guest.Guest(kernel, guest.scratch(f"{arguments.verb}-{arguments.kernel}"), variables=VARIABLES)
-        return _serve(machine, arguments, rest)
+        kernel = kernels.fetch("new" if arguments.kernel == EXCLUSIVE else arguments.kernel)
+        folder = guest.scratch(f"{arguments.verb}-{arguments.kernel}")
+        machine = guest.Guest(kernel, folder, variables=VARIABLES)
+        missing = _add_cards(machine) if arguments.kernel == EXCLUSIVE else ""
+        status = _serve(machine, arguments, rest)
+        if missing:
+            print(f"vm: RDMA DEVICES THAT MOVE WERE NOT TESTED: {missing}", file=sys.stderr)
+        return status
     except kernels.KernelUnavailable as error:
         print(f"vm: {error}", file=sys.stderr)
         return 1
+
+
+def _add_cards(machine: guest.Guest) -> str:
+    """Cards, and the driver for them; why there is none, "" where there is: what needs it is skipped then."""
+    machine.cables = CABLES
+    machine.variables = VARIABLES | {"ENCLOS_RDMA": "exclusive"}
+    try:
+        machine.variables |= {"ENCLOS_RXE": str(rxe.module(machine.kernel))}
+    except kernels.KernelUnavailable as error:
+        return str(error)
+    return ""
 
 
 def _serve(machine: guest.Guest, arguments: argparse.Namespace, rest: Sequence[str]) -> int:
@@ -55,7 +75,7 @@ def _serve(machine: guest.Guest, arguments: argparse.Namespace, rest: Sequence[s
     _warm_up()
     words = list(rest)
     if not any(word.startswith("tests/") for word in words):
-        words += ["-m", "vm" if arguments.kernel != "new" else "vm or vm_new", *TESTS]
+        words += ["-m", MARKS.get(arguments.kernel, "vm"), *TESTS]
     # Nobody watches a test run; without colours and a line that is written anew, its log can be read.
     command = [".venv/bin/pytest", "--color=no", "-o", "cache_dir=/vm/cache", "--junitxml=/vm/junit.xml", *words]
     status = machine.run(f"{here}export ENCLOS_TEST_LOGS=/vm/logs; {shlex.join(command)}", arguments.timeout)

@@ -8,7 +8,6 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -29,7 +28,9 @@ class Guest:
     folder: Path
     memory_mb: int = 4096
     cpus: int = 2
-    variables: Mapping[str, str] = field(default_factory=dict)
+    variables: dict[str, str] = field(default_factory=dict)
+    # Pairs of network interfaces, each pair joined by a cable: unlike veth, they outlive a namespace that dies.
+    cables: int = 0
 
     def run(self, command: str, timeout: float, *, show: bool = True) -> int:
         """Run a shell script in the guest and return its exit status; HUNG when the guest had to be ended.
@@ -111,6 +112,9 @@ class Guest:
             readonly = "" if tag == "result" else ",readonly=on"
             options = f"local,id={tag},path={path},security_model=none,multidevs=remap{readonly}"
             command += ["-fsdev", options, "-device", f"virtio-9p-pci,fsdev={tag},mount_tag={tag}"]
+        for number in range(2 * self.cables):
+            command += ["-netdev", f"hubport,id=end{number},hubid={number // 2}"]
+            command += ["-device", f"virtio-net-pci,netdev=end{number},mac=52:54:00:00:00:{number:02x},romfile="]
         return command
 
 

@@ -61,7 +61,7 @@ def fetch(name: str) -> Kernel:
     if name not in SUITES:
         raise KernelUnavailable(f"no kernel {name}; there are {', '.join(SUITES)}")
     folder = cache() / "kernels" / name
-    with _locked(folder.parent):
+    with locked(folder.parent):
         if not folder.is_dir():
             fresh = folder.with_suffix(".new")
             for attempt in range(1, ATTEMPTS + 1):
@@ -87,8 +87,8 @@ def _find(name: str, folder: Path) -> Kernel:
 
 
 @contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    """One download at a time."""
+def locked(folder: Path) -> Iterator[None]:
+    """One download or build at a time."""
     folder.mkdir(parents=True, exist_ok=True)
     fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     try:
@@ -100,19 +100,19 @@ def _locked(folder: Path) -> Iterator[None]:
 
 def _download(suite: str, folder: Path) -> None:
     packages = folder / "packages"
-    apt = _Apt(packages, suite)
-    _run(["apt-get", "-qq", "update"], apt.environment)
+    apt = Apt(packages, suite)
+    run(["apt-get", "-qq", "update"], apt.environment)
     names = apt.parts()
-    _run(["apt-get", "-qq", "download", *names], apt.environment, cwd=packages)
+    run(["apt-get", "-qq", "download", *names], apt.environment, cwd=packages)
     for package in packages.glob("*.deb"):
-        _run(["dpkg-deb", "--extract", str(package), str(folder)])
+        run(["dpkg-deb", "--extract", str(package), str(folder)])
     shutil.rmtree(packages)
     kernel = _find("", folder)
     # What the kernel's package would do when it is installed: modprobe needs the list of dependencies.
-    _run(["depmod", "--basedir", str(kernel.base), kernel.release])
+    run(["depmod", "--basedir", str(kernel.base), kernel.release])
 
 
-class _Apt:
+class Apt:
     """apt with a package list of its own: one suite of the archive that this machine's own list names."""
 
     def __init__(self, folder: Path, suite: str) -> None:
@@ -134,22 +134,27 @@ class _Apt:
 
     def parts(self) -> list[str]:
         """The packages that make the suite's newest kernel."""
-        (image,) = (name for name in self._depends(META_PACKAGE) if name.startswith("linux-image-"))
-        parts = [name for name in self._depends(image) if name.startswith(PARTS)]
+        (image,) = (name for name in self.depends(META_PACKAGE) if name.startswith("linux-image-"))
+        parts = [name for name in self.depends(image) if name.startswith(PARTS)]
         return parts or [image]
 
-    def _depends(self, package: str) -> list[str]:
-        text = _run(["apt-cache", "show", "--no-all-versions", package], self.environment)
-        rows = [row.removeprefix("Depends: ") for row in text.splitlines() if row.startswith("Depends: ")]
+    def depends(self, package: str) -> list[str]:
+        """The names of the packages that one depends on."""
+        return [part.split()[0] for part in self.field(package, "Depends").split(",")]
+
+    def field(self, package: str, name: str) -> str:
+        """What the archive says of a package."""
+        text = run(["apt-cache", "show", "--no-all-versions", package], self.environment)
+        rows = [row.removeprefix(f"{name}: ") for row in text.splitlines() if row.startswith(f"{name}: ")]
         if not rows:
             raise KernelUnavailable(f"{package} is not in {self._suite}")
-        return [part.split()[0] for part in rows[0].split(",")]
+        return rows[0]
 
 
 def _archive() -> str:
     """The address of the Debian archive in this machine's own package sources."""
     form = "$(ORIGIN) $(COMPONENT) $(REPO_URI)"
-    rows = _run(["apt-get", "indextargets", "--format", form, "Created-By: Packages"]).splitlines()
+    rows = run(["apt-get", "indextargets", "--format", form, "Created-By: Packages"]).splitlines()
     found = [row.split()[2] for row in rows if row.startswith("Debian main ")]
     # Security updates have an archive of their own, without the other suites.
     plain = [address for address in found if "security" not in address]
@@ -158,7 +163,8 @@ def _archive() -> str:
     return plain[0]
 
 
-def _run(command: Sequence[str], environment: dict[str, str] | None = None, cwd: Path | None = None) -> str:
+def run(command: Sequence[str], environment: dict[str, str] | None = None, cwd: Path | None = None) -> str:
+    """What a command prints; KernelUnavailable where it fails."""
     done = subprocess.run(command, env=environment, cwd=cwd, capture_output=True, text=True, check=False)
     if done.returncode != 0:
         raise KernelUnavailable(f"{' '.join(command[:3])}: {done.stderr.strip()}")

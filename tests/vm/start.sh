@@ -24,6 +24,8 @@ hostname vm
 date -s "@$(cat /vm/clock)" > /dev/null
 export PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin HOME=/root TERM=vt100 LANG=C.UTF-8
 . /vm/variables
+# Only possible while there is no other network namespace.
+if [ "${ENCLOS_RDMA:-}" = exclusive ]; then modprobe ib_core netns_mode=0; fi
 sh /vm/command < /dev/console > /dev/console 2>&1
 echo $? > /vm/status
 dmesg > /vm/dmesg
