@@ -16,7 +16,7 @@ from enclos.runtime import cgroup, stepd
 from enclos.runtime.agent import Agent
 from enclos.runtime.errors import EnclosError
 from enclos.runtime.images.served import ServedImage
-from enclos.runtime.members import Identity, identity, members, open_ancestor
+from enclos.runtime.members import Identity, members, open_ancestor, open_if
 from enclos.runtime.steps import AdoptedStep, start_time
 
 DAMAGED = (KeyError, TypeError, ValueError, AttributeError)
@@ -48,6 +48,7 @@ def adopt(agent: Agent) -> None:
                 step.share(user_fd)
             around.named.rejoin(step, str(step.record.get("named", "")))
             log.info("step=%s adopted", step.name)
+    around.devices.holdings.adopt(agent.records(), networks)
     for name, record in around.journal.read("job"):
         try:
             around.jobs.adopt(record, networks)
@@ -152,19 +153,7 @@ def _find(wanted: Mapping[str, Identity | None]) -> dict[str, int]:
             if kind in found or identity_wanted is None:
                 continue
             path = f"/proc/{pid}/ns/{kind}"
-            fd = open_ancestor(pid, user) if kind == "user" else _open_if(path, identity_wanted)
+            fd = open_ancestor(pid, user) if kind == "user" else open_if(path, identity_wanted)
             if fd >= 0:
                 found[kind] = fd
     return found
-
-
-def _open_if(path: str, wanted: Identity) -> int:
-    """A descriptor of the namespace, if it is the wanted one; -1 otherwise."""
-    try:
-        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-    except OSError:
-        return -1
-    if identity(fd) == wanted:
-        return fd
-    os.close(fd)
-    return -1

@@ -343,8 +343,13 @@ class Agent:
             more = f"{key[0]}.{key[1]}"
         return [("json", f"[{', '.join(found)}]")]
 
+    def records(self) -> list[str]:
+        """The names of the records of all steps."""
+        return [step.record_name for step in self._steps.values()]
+
     async def reconcile(self) -> list[int] | None:
         """Undo what jobs left whose epilog this agent missed; returns their ids, None without slurmctld."""
+        await self.around.devices.holdings.reclaim()
         return await self.around.jobs.reconcile(self._busy)
 
     def _busy(self) -> set[int]:
@@ -358,6 +363,7 @@ class Agent:
             "started": self._started,
             "config": self._config_path,
             "steps": len(self._steps),
+            "rdma": self.around.devices.holdings.describe(),
         }
 
 

@@ -20,6 +20,7 @@ from enclos.runtime import cgroup, environment, errors, linux, plan, policy, sec
 from enclos.runtime.connection import wait_readable
 from enclos.runtime.container import Container, Lent, clone_directories
 from enclos.runtime.devices import choice
+from enclos.runtime.devices.holdings import Asker, Place
 from enclos.runtime.idmap import container_maps
 from enclos.runtime.images.imports import want_of
 from enclos.runtime.images.layout import ImageRecord
@@ -249,7 +250,8 @@ class NodeStep(Step):
         try:
             slurm = await _slurm_client() if decision.slurm else None
             self._commands = os.path.dirname(slurm.commands[0][0]) if slurm else ""
-            devices = await self._around.devices.select(self.request, decision.network)
+            asker = Asker(self.record_name, decision.network, lambda: self._place(network))
+            devices = await self._around.devices.select(self.request, asker)
             cgroup_path, leader = self.record["cgroup"], self._het_leader()
             own_mounts = self._outside.fd >= 0
             node = plan.NodeFacts(self._around.stage, cgroup_path, slurm, devices, leader, pid_namespace_of, own_mounts)
@@ -307,6 +309,7 @@ class NodeStep(Step):
         self._agree_with(other)
         # From now on: the other step may end at any moment, and what is in its container with it.
         self.share(other.namespaces()["user"])
+        self._around.devices.holdings.share(self.record_name, other.record_name)
         self.network = other.record["network"]
         self.addresses = other.record["ipv4"], other.record["ipv6"]
         if other.network_namespace() >= 0:
@@ -368,6 +371,13 @@ class NodeStep(Step):
             self._write_record()
             cgroup.create(self.record["cgroup"])
         return limits
+
+    async def _place(self, network: asyncio.Task[int]) -> Place:
+        """Where RDMA devices of the job go: its network, when that has been made."""
+        net_fd = await network
+        made = await self._around.jobs.network(self.request.job, self.request.uid)
+        tenant = self._het_leader() or self.request.job
+        return Place(self.request.job, tenant, net_fd, made.vni, made.index, made.ifname)
 
     async def _network_descriptors(self, network: asyncio.Task[int]) -> list[int]:
         """What the builder needs of the network: its namespace, and /etc/hosts where it has names of its own."""

@@ -22,6 +22,7 @@ from enclos.netns import facts, guard, underlay
 from enclos.runtime import adoption, cgroup, config, errors, linux, protocol
 from enclos.runtime.agent import Agent
 from enclos.runtime.connection import Connection, wait_readable
+from enclos.runtime.devices.holdings import Holdings
 from enclos.runtime.devices.node import NodeDevices
 from enclos.runtime.images.cache import Cache
 from enclos.runtime.images.imports import Imports
@@ -101,7 +102,7 @@ async def run(config_path: str, node: str) -> None:
     named = _named_containers(loaded.config, node_mounts_fd, spawner)
     jobs = Jobs(node, loaded.config, journal, spawner, gate, found, named)
     images = MountedImages(images_directory, loaded.config.images.idle_seconds)
-    devices = NodeDevices(node, loaded.config)
+    devices = NodeDevices(node, loaded.config, Holdings(loaded.config, journal, found.ifindex))
     imports = _open_cache(loaded.config, spawner)
     around = Surroundings(node, loaded.config, stage, journal, spawner, images, imports, jobs, devices, named)
     agent = Agent(around, loaded.path)

@@ -691,14 +691,76 @@ def rdma_missing(text: str) -> EnclosError:
     )
 
 
-def rdma_needs_host(text: str, network: str, mode: str) -> EnclosError:
-    """A private network and RDMA: it could not be private."""
-    causes = {"shared": "the kernel shares RDMA devices among all network namespaces"}
+def rdma_needs_network(text: str) -> EnclosError:
+    """No network, no RDMA."""
     return UserError(
         _rdma(text),
-        f"not possible on --container-network={network}",
-        causes.get(mode, "devices are not moved into private networks yet"),
-        "use --container-network=host, or drop the option",
+        "not possible on --container-network=none",
+        hint="use --container-network=job or host, or drop the option",
+    )
+
+
+def rdma_not_isolated(text: str, mode: str) -> EnclosError:
+    """The site's job networks promise RDMA isolation, and the kernel's mode cannot give it."""
+    return EnclosError(
+        _rdma(text),
+        f"RDMA isolation needs namespace mode exclusive, found {mode}",
+        hint=f"use --container-network=host; {ADMIN}set it at boot (ib_core netns_mode=0); 'enclos check' says more",
+    )
+
+
+def rdma_kernel_exclusive(text: str, mode: str) -> EnclosError:
+    """rdma.mode needs devices that all namespaces see."""
+    return EnclosError(
+        _rdma(text),
+        f"rdma.mode {mode} needs namespace mode shared, found exclusive",
+        hint=f"use --container-network=host; {ADMIN}set rdma.mode to exclusive, or boot with ib_core netns_mode=1",
+    )
+
+
+def rdma_in_use(text: str, name: str, reason: str) -> EnclosError:
+    """Moving the device would take it away from somebody."""
+    return UserError(
+        _rdma(text),
+        f"RDMA device {name} is in use",
+        reason,
+        "ask for another one, or for a number of them; administrator: 'rdma resource' and 'enclos status' on the node",
+    )
+
+
+def rdma_move_failed(text: str, detail: str) -> EnclosError:
+    """The kernel or the driver refused."""
+    return EnclosError(
+        _rdma(text),
+        "cannot move the RDMA device into the job's network",
+        detail,
+        ADMIN + "the driver has to support it ('rdma dev set DEVICE netns NAME'); see the agent's log",
+    )
+
+
+def rdma_soft_failed(text: str, code: int, detail: str) -> EnclosError:
+    """No Soft-RoCE on the overlay interface."""
+    return EnclosError(
+        _rdma(text),
+        "cannot make a Soft-RoCE device in the job's network",
+        detail or reason(code),
+        ADMIN + "it needs the module rdma_rxe, and a kernel whose rxe works in network namespaces (7.2 does, 6.1 not)",
+    )
+
+
+def rdma_no_node(text: str, name: str) -> EnclosError:
+    """Programs could not open the device."""
+    return EnclosError(
+        _rdma(text),
+        f"RDMA device {name} has no uverbs node",
+        hint=ADMIN + "modprobe ib_uverbs; 'enclos check' says more",
+    )
+
+
+def rdma_hook_failed(command: str, detail: str) -> EnclosError:
+    """The site's command for devices that come and go."""
+    return EnclosError(
+        "rdma.hook", f"{command} failed", detail, ADMIN + "it runs as root with attach or detach; see the admin guide"
     )
 
 
@@ -722,13 +784,19 @@ def rdma_forbidden(text: str, name: str) -> EnclosError:
     )
 
 
-def rdma_too_few(text: str, found: int) -> EnclosError:
-    """Fewer active devices than asked for."""
+def rdma_too_few(text: str, found: int, busy: Sequence[str] = ()) -> EnclosError:
+    """Fewer active devices than asked for; `busy` tells why others don't count."""
     return UserError(
         _rdma(text),
         f"too few RDMA devices are active and for containers ({found})",
+        "; ".join(busy[:4]),
         hint="ask for fewer, or 'auto'; administrator: rdma.devices in enclos.yaml, 'rdma link' on the node",
     )
+
+
+def partition_failed(file: str, detail: str) -> EnclosError:
+    """OpenSM's file cannot be read or changed."""
+    return EnclosError(f"partition: {file}", "not changed", detail, "nothing was written; see opensm(8) for the file")
 
 
 # ---------------------------------------------------------------- saving

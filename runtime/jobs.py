@@ -46,6 +46,7 @@ class JobNetwork:
     addresses: tuple[str, ...]
     own: tuple[str, str]
     hosts_fd: int
+    index: int = 0
 
     def close(self) -> None:
         for fd in (self.netns_fd, self.hosts_fd):
@@ -379,7 +380,7 @@ def _expanded(job_facts: JobFacts) -> list[str]:
 def _network(netns_fd: int, spec: OverlaySpec) -> JobNetwork:
     addresses = tuple(peer.underlay for peer in spec.peers if peer.index != spec.index)
     own = spec.plan.ipv4(spec.index), spec.plan.ipv6(spec.index)
-    return JobNetwork(netns_fd, spec.vni, spec.ifname, addresses, own, _hosts_file(spec))
+    return JobNetwork(netns_fd, spec.vni, spec.ifname, addresses, own, _hosts_file(spec), spec.index)
 
 
 def _hosts_file(spec: OverlaySpec) -> int:

@@ -63,6 +63,41 @@ def _is_dead(pid: int) -> bool:
     return fields[0] in b"ZX" and int(fields[17]) <= 1
 
 
+def find_network_namespace(wanted: Identity) -> int:
+    """A descriptor of a network namespace that some process is in or holds open; -1 where there is none."""
+    name = f"net:[{wanted[1]}]"
+    for pid in (entry for entry in os.listdir("/proc") if entry.isdigit()):
+        for folder in (f"/proc/{pid}/ns", f"/proc/{pid}/fd"):
+            try:
+                found = [entry for entry in os.listdir(folder) if _leads_to(f"{folder}/{entry}", name)]
+            except OSError:
+                continue
+            for entry in found:
+                if (fd := open_if(f"{folder}/{entry}", wanted)) >= 0:
+                    return fd
+    return -1
+
+
+def _leads_to(path: str, name: str) -> bool:
+    """By the link's text: to look at what a user's descriptor leads to may take for ever."""
+    try:
+        return os.readlink(path) == name
+    except OSError:
+        return False
+
+
+def open_if(path: str, wanted: Identity) -> int:
+    """A descriptor of the namespace, if it is the wanted one; -1 otherwise."""
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    except OSError:
+        return -1
+    if identity(fd) == wanted:
+        return fd
+    os.close(fd)
+    return -1
+
+
 def open_ancestor(pid: int, namespace: Identity) -> int:
     """A descriptor of this user namespace, reached from a process in it or below it; -1 when it can't be."""
     try:

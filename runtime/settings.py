@@ -334,7 +334,7 @@ class Devices:
 
 @dataclass(frozen=True, slots=True)
 class Rdma:
-    """RDMA devices (InfiniBand, RoCE, iWARP) of containers on the node's network."""
+    """RDMA devices (InfiniBand, RoCE, iWARP) of containers."""
 
     devices: tuple[str, ...] = setting(
         (),
@@ -346,7 +346,36 @@ class Rdma:
         "none",
         Choice("none", "auto"),
         "What a step on the node's network gets when it says nothing with --container-rdma: 'auto' is every "
-        "device of rdma.devices that has an active port.",
+        "device of rdma.devices that has an active port. On a job's network it counts only with rdma.mode soft.",
+    )
+    mode: str = setting(
+        "exclusive",
+        Choice("exclusive", "shared", "soft"),
+        "What --container-rdma gives on a job's network. 'exclusive': the devices move into it and nobody else "
+        "sees them; the kernel has to be in that mode (ib_core netns_mode=0), else such a step is refused. "
+        "'shared': nodes of devices that stay in the node's namespace and are other jobs' as well; nothing is "
+        "isolated. 'soft': a Soft-RoCE device of the job's own over its overlay, for development and for sites "
+        "without RDMA hardware; rdma.devices does not matter.",
+    )
+    pools: tuple[str, ...] = setting(
+        (),
+        Several(Text(r"[A-Za-z0-9._*?-]{1,63}", "the name of an RDMA device, with * and ?")),
+        "RDMA devices whose SR-IOV virtual functions are for containers as well, spread over these devices. "
+        "The site makes the functions and binds their driver; the devices named here stay the node's.",
+    )
+    ipv4: str = setting(
+        "10.78.0.0/16",
+        Block(4, 8, 24),
+        "Addresses of the first interface of each RDMA device that moves into a job's network (RoCE): eight "
+        "parts, one for each device that the job has on a node.",
+    )
+    ipv6: str = setting("fd65:6e63:7264::/48", Block(6, 16, 64), "The same for IPv6; these have the job's VNI in them.")
+    hook: str = setting(
+        "",
+        Text(r"|/[^\n]*", "an absolute path, or nothing"),
+        "Command of the site that puts a device into the partition or VLAN of a job: it is run as root with "
+        "'attach' before a device moves and with 'detach' when it is back, with ENCLOS_TENANT, ENCLOS_JOB, ENCLOS_VNI, "
+        "ENCLOS_DEVICE, ENCLOS_GUID and ENCLOS_INTERFACES in its environment.",
     )
 
 
@@ -599,8 +628,9 @@ OPTIONS: tuple[Option, ...] = (
     option(
         "rdma",
         "auto|none|NAME[,NAME]|N",
-        "RDMA devices whose nodes the container has, of those that the site lists, on the node's network",
-        "auto is every one with an active port, N the first N of these.",
+        "RDMA devices of the container, of those that the site lists",
+        "auto is every one with an active port, N the first N of these. On a job's network the site's rdma.mode "
+        "decides whether devices move into it (exclusive), or it gets a Soft-RoCE device of its own (soft).",
         pyxis=False,
         checks=early.RDMA,
     ),
@@ -631,7 +661,7 @@ OPTIONS: tuple[Option, ...] = (
         pyxis=False,
         checks=early.NETWORK,
     ),
-    # Here come, each with what it needs: limit, publish, rdma.
+    # Here comes, with what it needs: publish.
 )
 
 # Variables with which users name an interface. Where the container does not have it, the

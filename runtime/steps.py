@@ -196,6 +196,7 @@ class Step:
                 cgroup.kill(self.record.get("cgroup", ""))
         finally:
             await self.release()
+            await self._around.devices.holdings.give_back(self.record_name)
             if self._shared_fd >= 0:
                 os.close(self._shared_fd)
             await self._remove_cgroup()

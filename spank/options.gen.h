@@ -243,7 +243,7 @@ static const struct enclos_option_row enclos_option_rows[] = {
 	},
 	{
 		"container-rdma", "auto|none|NAME[,NAME]|N",
-		"[enclos] RDMA devices whose nodes the container has, of those that the site lists, on the node's network",
+		"[enclos] RDMA devices of the container, of those that the site lists",
 		1, "ENCLOS_CONTAINER_RDMA", NULL, "rdma", NULL,
 		enclos_checks_rdma,
 	},

@@ -9,13 +9,19 @@ _enclos()
 	done
 	COMPREPLY=()
 	case $previous in
-	--authfile|--container-device|--container-env|--container-image|--container-limit|--container-mounts|--container-name|--container-network|--container-profile|--container-rdma|--container-save|--container-unshare|--container-workdir|--count|--file|--gpus|--interval|--job|--unused|-n)
+	--authfile|--container-device|--container-env|--container-image|--container-limit|--container-mounts|--container-name|--container-network|--container-profile|--container-rdma|--container-save|--container-unshare|--container-workdir|--count|--file|--gpus|--interval|--job|--reload|--unused|-n)
 		return
 		;;
 	esac
 	case $given in
 	"profile validate"*)
 		words="--help $(enclos profile ls 2>/dev/null | sed '1d; s/ .*//')"
+		;;
+	"partition attach"*)
+		words="--help --file --reload"
+		;;
+	"partition detach"*)
+		words="--help --file --reload"
 		;;
 	"profile options"*)
 		words="--help $(enclos profile ls 2>/dev/null | sed '1d; s/ .*//')"
@@ -38,6 +44,9 @@ _enclos()
 	"profile show"*)
 		words="--help --json $(enclos profile ls 2>/dev/null | sed '1d; s/ .*//')"
 		;;
+	"partition ls"*)
+		words="--help --file --json"
+		;;
 	"config show"*)
 		words="--help --file --json"
 		;;
@@ -46,6 +55,9 @@ _enclos()
 		;;
 	"profile ls"*)
 		words="--help --json"
+		;;
+	"partition")
+		words="attach detach ls"
 		;;
 	"image ls"*)
 		words="--help --json"
@@ -90,7 +102,7 @@ _enclos()
 		words="--help"
 		;;
 	"")
-		words="ps image exec shell top check gc rm render profile config --help --version --debug"
+		words="ps image exec shell top check gc rm render profile partition config --help --version --debug"
 		;;
 	esac
 	mapfile -t COMPREPLY < <(compgen -W "$words" -- "$current")

@@ -6,6 +6,7 @@ Runs as whoever types the command.
 from __future__ import annotations
 
 import asyncio
+import os
 import re
 from collections import Counter
 from collections.abc import Iterator
@@ -15,12 +16,19 @@ from pathlib import Path
 from enclos.netns import rdma
 from enclos.netns.facts import KernelRefused
 from enclos.runtime.cli.finding import Finding, mend, note, ok
-from enclos.runtime.devices import choice, gres, registry
+from enclos.runtime.devices import choice, gres, registry, vfs
 from enclos.runtime.devices.catalogue import Catalogue
 from enclos.runtime.errors import EnclosError
 from enclos.runtime.settings import Config
 
 GENERATE = "nvidia-ctk cdi generate --output=/etc/cdi/nvidia.yaml; amd-ctk cdi generate --output=/etc/cdi/amd.json"
+
+
+EXCLUSIVE = (
+    "options ib_core netns_mode=0 in /etc/modprobe.d (and the initramfs), then boot: the mode can only change while "
+    "no other network namespace exists"
+)
+LOAD_SOFT = "modprobe -a rdma_rxe ib_uverbs rdma_ucm, at boot by /etc/modules-load.d"
 
 
 def findings(settings: Config, node: str) -> Iterator[Finding]:
@@ -72,7 +80,10 @@ def file_findings(catalogue: Catalogue) -> Iterator[Finding]:
 
 def rdma_findings(settings: Config) -> Iterator[Finding]:
     """What the node has of rdma.devices; none where neither site nor node knows of RDMA."""
-    patterns = settings.rdma.devices
+    pooled = [function.name for function in vfs.find(settings.rdma.pools)] if settings.rdma.pools else []
+    patterns = (*settings.rdma.devices, *pooled)
+    if settings.rdma.pools and not pooled:
+        yield mend("RDMA", "rdma.pools is set, but there are no virtual functions", "write sriov_numvfs of the devices")
     try:
         found = rdma.find()
     except KernelRefused as error:
@@ -81,6 +92,8 @@ def rdma_findings(settings: Config) -> Iterator[Finding]:
     if not found.mode:
         if patterns:
             yield mend("RDMA", "rdma.devices is set, but the kernel has no RDMA", "load the driver: modprobe ib_core")
+        elif settings.rdma.mode == "soft":
+            yield mend("RDMA", "rdma.mode is soft, but the kernel has no RDMA", LOAD_SOFT)
         return
     listed = [d for d in found.devices if any(fnmatchcase(d.name, pattern) for pattern in patterns)]
     for device in listed:
@@ -88,12 +101,35 @@ def rdma_findings(settings: Config) -> Iterator[Finding]:
             yield mend("RDMA", f"{device.name} has no uverbs node", "modprobe ib_uverbs")
     names = ", ".join(f"{d.name} ({'active' if d.active else 'not active'})" for d in listed) or "none"
     yield ok("RDMA", f"mode {found.mode}; for containers: {names}")
-    if found.mode == "shared" and listed:
+    yield from _mode_findings(settings, found.mode, bool(listed))
+    nodes = [path for path in settings.devices.nodes if path.startswith(f"{rdma.FOLDER}/")]
+    if nodes and "job" in settings.step.networks:
+        yield mend("RDMA", f"devices.nodes gives {nodes[0]} to each container, on every network", "use rdma.devices")
+
+
+def _mode_findings(settings: Config, mode: str, listed: bool) -> Iterator[Finding]:
+    """Whether the kernel's mode can give what rdma.mode promises."""
+    wanted = settings.rdma.mode
+    if wanted == "exclusive" and mode == "shared" and listed:
+        yield note(
+            "RDMA",
+            "job networks are refused RDMA: isolation needs namespace mode exclusive, found shared",
+            f"{EXCLUSIVE}; or set rdma.mode to what the kernel can give",
+        )
+    elif wanted != "exclusive" and mode == "exclusive":
+        yield mend(
+            "RDMA",
+            f"rdma.mode {wanted} needs namespace mode shared, found exclusive",
+            "set rdma.mode to exclusive, or boot with ib_core netns_mode=1",
+        )
+    elif wanted == "shared" and listed:
         yield note(
             "RDMA",
             "the kernel shares devices among network namespaces: only device nodes keep jobs apart",
-            "mode exclusive is set at boot (ib_core netns_mode=0), while there is no other network namespace",
+            f"{EXCLUSIVE}, and rdma.mode to exclusive",
         )
+    elif wanted == "soft" and not os.path.isdir("/sys/module/rdma_rxe"):
+        yield mend("RDMA", "rdma.mode is soft, but rdma_rxe is not loaded", LOAD_SOFT)
 
 
 def gpu_findings(settings: Config, node: str, catalogue: Catalogue) -> Iterator[Finding]:

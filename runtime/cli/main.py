@@ -26,6 +26,7 @@ VERBS: dict[str, tuple[str, str]] = {
     "rm": ("rm", "remove a named container on this node"),
     "render": ("render", "print the plan of a container without making it"),
     "profile": ("profile", "show, list or check profiles (--container-profile)"),
+    "partition": ("partition", "give tenants partitions of an InfiniBand fabric (OpenSM's partitions.conf)"),
     "config": ("config", "show the settings in force, or validate a configuration file"),
 }
 

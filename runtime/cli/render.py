@@ -54,7 +54,7 @@ def render(options: dict[str, list[str]]) -> list[str]:
     decision = policy.decide(wanted, loaded.config)
     maps = container_maps(wanted.uid, wanted.gid, wanted.groups, decision.remap_root)
     slurm = slurmclient.find() if decision.slurm else None
-    devices = asyncio.run(NodeDevices(node_name(), loaded.config).select(wanted, decision.network))
+    devices = asyncio.run(NodeDevices(node_name(), loaded.config).preview(wanted, decision.network))
     early = plan.make(wanted, decision, loaded.config, maps, plan.NodeFacts(STAGE, slurm=slurm, devices=devices))
     late = plan.late(wanted, decision, plan.slurm_directories(wanted))
     return [*early.describe(), "(the first task is here)", *late.describe()]

@@ -12,6 +12,7 @@ from enclos.netns import rdma as node_rdma
 from enclos.runtime.devices import choice, rdma
 from enclos.runtime.devices.choice import Selection
 from enclos.runtime.devices.gres import GpuList, slurmd_path
+from enclos.runtime.devices.holdings import Asker, Holdings, choose_staying
 from enclos.runtime.devices.registry import Registry
 from enclos.runtime.request import StepRequest
 from enclos.runtime.settings import Config
@@ -20,26 +21,40 @@ from enclos.runtime.settings import Config
 class NodeDevices:
     """What a step may have of the node's devices."""
 
-    def __init__(self, node: str, config: Config) -> None:
+    def __init__(self, node: str, config: Config, holdings: Holdings | None = None) -> None:
         self._settings = settings = config.devices
         self._rdma = config.rdma
+        self._holdings = holdings
         self._registry = Registry(settings.cdi)
         self._gpus = GpuList(node, settings.gpus)
 
-    async def select(self, request: StepRequest, network: str) -> Selection:
+    @property
+    def holdings(self) -> Holdings:
+        """Which step has which RDMA device: the agent's."""
+        assert self._holdings is not None
+        return self._holdings
+
+    async def select(self, request: StepRequest, asker: Asker) -> Selection:
         """The devices of a step, before a variable of its image narrows them.
 
-        Args:
-            network: the kind of network that the step gets.
-
         Raises:
-            EnclosError: see choice.choose and rdma.choose; gpus_not_listed.
+            EnclosError: see choice.choose and Holdings.take; gpus_not_listed.
         """
         selection = await self._select_cdi(request)
-        text = rdma.wanted(request.rdma, self._rdma.default, network)
+        text = rdma.wanted(request.rdma, self._rdma.default, asker.network, self._rdma.mode)
         if not text:
             return selection
-        found = rdma.choose(text, bool(request.rdma), network, self._rdma.devices, node_rdma.find())
+        found = await self.holdings.take(text, bool(request.rdma), asker)
+        return replace(selection, named=(*selection.named, *found))
+
+    async def preview(self, request: StepRequest, network: str) -> Selection:
+        """The same, without moving or making an RDMA device: what comes into a job's network is left out."""
+        selection = await self._select_cdi(request)
+        text = rdma.wanted(request.rdma, self._rdma.default, network, self._rdma.mode)
+        if not text or network == "job":
+            return selection
+        rdma.check(text, network, self._rdma.mode, node_rdma.mode())
+        found = choose_staying(text, bool(request.rdma), self._rdma)
         return replace(selection, named=(*selection.named, *found))
 
     async def _select_cdi(self, request: StepRequest) -> Selection:

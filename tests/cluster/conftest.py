@@ -86,7 +86,12 @@ def cluster(make_cluster: Callable[..., Cluster]) -> Cluster:
 
 @pytest.fixture(scope="session")
 def pmix(cluster: Cluster) -> None:
-    """Slurm has its PMIx plugin; Debian builds 26.05 without (its changelog: "Remove pmix")."""
+    """Slurm has its PMIx plugin."""
+    require_pmix(cluster)
+
+
+def require_pmix(cluster: Cluster) -> None:
+    """Debian builds 26.05 without (its changelog: "Remove pmix")."""
     listed = cluster.run("srun --mpi=list")
     if "pmix" not in listed.stdout + listed.stderr:
         pytest.skip("this Slurm is built without PMIx")

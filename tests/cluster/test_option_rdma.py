@@ -112,17 +112,37 @@ def test_refusals(fabric: Cluster, value: str, text: str) -> None:
 
 
 @pytest.mark.vm_new
-@pytest.mark.parametrize("network", ["job", "none"])
-def test_a_private_network_with_rdma_is_refused(fabric: Cluster, network: str) -> None:
+@pytest.mark.parametrize(
+    ("network", "text"),
+    [
+        ("job", "RDMA isolation needs namespace mode exclusive, found shared"),
+        ("none", "not possible on --container-network=none"),
+    ],
+)
+def test_a_private_network_promises_what_shared_mode_cannot_give(fabric: Cluster, network: str, text: str) -> None:
     done = srun(fabric, "--container-rdma=auto", f"--container-network={network}", "true")
-    why = "the kernel shares RDMA devices among all network namespaces"
-    assert refused(done) == (
-        f"enclos: --container-rdma=auto: not possible on --container-network={network} ({why}) on n1"
-    )
+    assert refused(done) == f"enclos: --container-rdma=auto: {text} on n1"
+
+
+@pytest.mark.vm_new
+def test_the_site_may_share_devices_with_job_networks(fabric: Cluster) -> None:
+    """rdma.mode shared: the nodes as on the host; docs/security.md says what that isolates."""
+    path = fabric.layout.node_etc("n1") / "enclos.yaml"
+    path.write_text(f"{CONFIG}  mode: shared\n")
+    fabric.restart_agent("n1")
+    try:
+        options = ("--container-rdma=enclosrdma1", "--container-network=job")
+        assert inside(fabric, *options) == sorted(["rdma_cm", uverbs("enclosrdma1")])
+    finally:
+        path.write_text(CONFIG)
+        fabric.restart_agent("n1")
 
 
 @pytest.mark.vm_new
 def test_check_says_the_mode_and_the_devices(fabric: Cluster) -> None:
     lines = fabric.run(["enclos", "check"], node="n1", timeout=120).stdout.splitlines()
     assert "ok      RDMA: mode shared; for containers: enclosrdma0 (active), enclosrdma1 (active)" in lines
-    assert any(line.startswith("note    RDMA: the kernel shares devices among network namespaces") for line in lines)
+    text = "note    RDMA: job networks are refused RDMA: isolation needs namespace mode exclusive, found shared"
+    place = next(index for index, line in enumerate(lines) if line.startswith(text))
+    said = " ".join(lines[place : place + 3])
+    assert "netns_mode=0" in said and "while no other network namespace exists" in said

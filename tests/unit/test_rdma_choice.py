@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 from enclos.netns.rdma import CONNECTION_MANAGER, NodeDevice, NodeRdma
 from enclos.runtime.devices import rdma
+from enclos.runtime.devices.rdma import Candidate
 from enclos.runtime.errors import EnclosError
 
 UP = [NodeDevice(f"mlx5_{n}", n, True, f"/dev/infiniband/uverbs{n}") for n in range(3)]
@@ -15,7 +16,7 @@ ALL = ("mlx5_*",)
 
 
 def names(text: str, *patterns: str, asked: bool = True, node: NodeRdma = NODE) -> list[str]:
-    return [device.name for device in rdma.choose(text, asked, "host", patterns, node)]
+    return [device.name for device in rdma.choose(text, asked, patterns, node)]
 
 
 def test_auto_is_what_is_listed_and_active() -> None:
@@ -39,41 +40,112 @@ def test_names_also_of_devices_whose_port_is_down() -> None:
 
 
 def test_the_nodes_are_those_of_verbs_alone() -> None:
-    (device,) = rdma.choose("1", True, "host", ALL, NODE)
+    (device,) = rdma.choose("1", True, ALL, NODE)
     assert [node.path for node in device.edits.nodes] == ["/dev/infiniband/uverbs0"]
     assert [(node.path, node.optional) for node in device.shared.nodes] == [(CONNECTION_MANAGER, True)]
 
 
 @pytest.mark.parametrize(
-    ("option", "default", "network", "text"),
+    ("option", "default", "network", "mode", "text"),
     [
-        ("", "none", "host", ""),
-        ("", "auto", "host", "auto"),
-        ("", "auto", "job", ""),
-        ("none", "auto", "host", ""),
-        ("2", "none", "job", "2"),
-        ("auto", "none", "none", "auto"),
+        ("", "none", "host", "exclusive", ""),
+        ("", "auto", "host", "exclusive", "auto"),
+        ("", "auto", "job", "exclusive", ""),
+        ("", "auto", "job", "shared", ""),
+        ("", "auto", "job", "soft", "auto"),
+        ("", "auto", "none", "soft", ""),
+        ("none", "auto", "host", "exclusive", ""),
+        ("2", "none", "job", "exclusive", "2"),
+        ("auto", "none", "none", "exclusive", "auto"),
     ],
 )
-def test_what_a_step_asks_for(option: str, default: str, network: str, text: str) -> None:
-    assert rdma.wanted(option, default, network) == text
+def test_what_a_step_asks_for(option: str, default: str, network: str, mode: str, text: str) -> None:
+    assert rdma.wanted(option, default, network, mode) == text
 
 
 def test_who_asked_is_told_that_there_is_nothing() -> None:
-    for node in (NodeRdma("", ()), NodeRdma("shared", ())):
-        assert names("auto", *ALL, asked=False, node=node) == []
-        with pytest.raises(EnclosError):
-            names("auto", *ALL, node=node)
-    with pytest.raises(EnclosError, match="this node has no RDMA"):
-        names("auto", *ALL, node=NodeRdma("", ()))
+    assert names("auto", *ALL, asked=False, node=NodeRdma("shared", ())) == []
+    with pytest.raises(EnclosError, match="too few RDMA devices"):
+        names("auto", *ALL, node=NodeRdma("shared", ()))
     with pytest.raises(EnclosError, match="too few RDMA devices"):
         names("auto")
 
 
 @pytest.mark.parametrize(
-    ("mode", "words"), [("shared", "shares RDMA devices"), ("exclusive", "not moved into private")]
+    ("network", "mode", "kernel", "words"),
+    [
+        ("host", "exclusive", "", "this node has no RDMA"),
+        ("job", "exclusive", "", "this node has no RDMA"),
+        ("job", "exclusive", "shared", "RDMA isolation needs namespace mode exclusive, found shared"),
+        ("job", "shared", "exclusive", "rdma.mode shared needs namespace mode shared, found exclusive"),
+        ("job", "soft", "exclusive", "rdma.mode soft needs namespace mode shared, found exclusive"),
+        ("none", "soft", "shared", "not possible on --container-network=none"),
+        ("none", "exclusive", "exclusive", "not possible on --container-network=none"),
+    ],
 )
-@pytest.mark.parametrize("network", ["job", "none"])
-def test_a_private_network_has_none(mode: str, words: str, network: str) -> None:
-    with pytest.raises(EnclosError, match=rf"not possible on --container-network={network} \(.*{words}"):
-        rdma.choose("auto", True, network, ALL, NodeRdma(mode, tuple(UP)))
+def test_what_a_mode_cannot_give_is_refused(network: str, mode: str, kernel: str, words: str) -> None:
+    with pytest.raises(EnclosError) as caught:
+        rdma.check("auto", network, mode, kernel)
+    assert caught.value.line() == f"--container-rdma=auto: {words}"
+
+
+@pytest.mark.parametrize(
+    ("network", "mode", "kernel"),
+    [
+        ("host", "exclusive", "shared"),
+        ("host", "soft", "exclusive"),
+        ("job", "exclusive", "exclusive"),
+        ("job", "shared", "shared"),
+        ("job", "soft", "shared"),
+        ("job", "soft", ""),
+    ],
+)
+def test_what_a_mode_can_give(network: str, mode: str, kernel: str) -> None:
+    rdma.check("auto", network, mode, kernel)
+
+
+CANDIDATES = [
+    Candidate("mlx5_2", busy="job 7 has it"),
+    Candidate("mlx5_0"),
+    Candidate("mlx5_1", ready=False),
+    Candidate("mlx5_3", busy="its interface p0 has an address of the node"),
+    Candidate("mlx5_4"),
+    Candidate("storage0"),
+]
+
+
+def test_a_job_gets_what_is_free() -> None:
+    assert rdma.choose_moving("auto", ALL, CANDIDATES) == ["mlx5_0", "mlx5_4"]
+    assert rdma.choose_moving("1", ALL, CANDIDATES) == ["mlx5_0"]
+    assert rdma.choose_moving("mlx5_4,mlx5_1", ALL, CANDIDATES) == ["mlx5_4", "mlx5_1"]
+
+
+def test_what_a_job_has_comes_first() -> None:
+    own = [*CANDIDATES, Candidate("mlx5_5", own=True)]
+    assert rdma.choose_moving("1", ALL, own) == ["mlx5_5"]
+    assert rdma.choose_moving("3", ALL, own) == ["mlx5_5", "mlx5_0", "mlx5_4"]
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("mlx5_2", "RDMA device mlx5_2 is in use (job 7 has it)"),
+        ("mlx5_0,mlx5_3", "RDMA device mlx5_3 is in use (its interface p0 has an address of the node)"),
+        ("mlx5_9", "no RDMA device mlx5_9 on this node (there are mlx5_2, mlx5_0, mlx5_1, mlx5_3, mlx5_4)"),
+        ("storage0", "RDMA device storage0 is not for containers (not in rdma.devices)"),
+        (
+            "3",
+            "too few RDMA devices are active and for containers (2) (mlx5_2: job 7 has it; "
+            "mlx5_3: its interface p0 has an address of the node)",
+        ),
+    ],
+)
+def test_a_job_does_not_get_what_others_need(text: str, words: str) -> None:
+    with pytest.raises(EnclosError) as caught:
+        rdma.choose_moving(text, ALL, CANDIDATES)
+    assert caught.value.line() == f"--container-rdma={text}: {words}"
+
+
+def test_nothing_is_too_few_for_who_asked() -> None:
+    with pytest.raises(EnclosError, match=r"too few .* \(0\)"):
+        rdma.choose_moving("auto", ALL, [])
