@@ -46,7 +46,7 @@ SPARE_SECONDS = 1.0
 REMOVAL_SECONDS = 8.0
 
 # Parts of the reply to JOIN, in the order in which the shim needs them.
-DESCRIPTOR_ORDER = ("net", "user", "mnt", "ipc", "uts", "seccomp", "entrypoint", "save")
+DESCRIPTOR_ORDER = ("net", "user", "mnt", "ipc", "uts", "seccomp", "entrypoint", "save", "cgroup")
 
 
 class Agent:
@@ -99,7 +99,7 @@ class Agent:
                 case "join":
                     return _joined(await self._join(message, connection))
                 case "exit":
-                    return [("status", "ok"), *self._task_exited(message, connection)], []
+                    return [("status", "ok"), *await self._task_exited(message, connection)], []
                 case "ps" | "status" | "gc" | "rm":
                     return await self._answer_user(message, 0), []
                 case "exec":
@@ -144,13 +144,16 @@ class Agent:
         step = self._step(_wanted(message, stepd_pid))
         step.prepare()
 
-    def _task_exited(self, message: protocol.Message, connection: Connection) -> list[tuple[str, str]]:
+    async def _task_exited(self, message: protocol.Message, connection: Connection) -> list[tuple[str, str]]:
         """Which limit may have ended a task: told once per step, to the first task that ended badly."""
         stepd_pid = _stepd_pid(message, connection, is_task=False)
         step = self._steps.get((message.number("job"), message.number("step")))
         if step is None or step.record["stepd"] != stepd_pid:
             return []
-        return [("notice", error.line(self.around.node)) for error in step.limit_news()]
+        notices = [("notice", error.line(self.around.node)) for error in step.limit_news()]
+        if message.get("pid"):
+            await step.task_ended(message.number("pid"))
+        return notices
 
     async def _join(self, message: protocol.Message, connection: Connection) -> JoinReply:
         """Wait for the container, then put the task where the step's limits are."""
@@ -164,7 +167,7 @@ class Agent:
         step = self._steps.get((message.number("job"), message.number("step")))
         if step is not None and step.joined and step.record["stepd"] == stepd_pid:
             # Of up to hundreds of tasks, only the first one's request is read.
-            return step, _for_one_task(step, await step.answer())
+            return step, _for_one_task(step, await step.answer(), connection.peer()[0])
         wanted = _wanted(message, stepd_pid)
         if step is None or step.record["stepd"] != stepd_pid:
             # A requeued job has the same ids again.
@@ -173,7 +176,7 @@ class Agent:
             step.show_progress(lambda text: _send_progress(connection, text))
         if message.fds:
             step.take_mounts(message.fds[0], connection.peer()[0], wanted)
-        return step, _for_one_task(step, await step.join(wanted))
+        return step, _for_one_task(step, await step.join(wanted), connection.peer()[0])
 
     def _step(self, wanted: request.StepRequest) -> Step:
         """Register a step, its life tied to its slurmstepd.
@@ -389,14 +392,14 @@ def _wanted(message: protocol.Message, stepd_pid: int) -> request.StepRequest:
     return request.parse({**message.values, "stepd": [str(stepd_pid)]})
 
 
-def _for_one_task(step: Step, reply: JoinReply) -> JoinReply:
-    """With a socket of the task's own, where it has to tell of its end."""
-    fd = step.save_channel()
-    if fd < 0:
-        return reply
-    # The reply is sent before the event loop does anything else.
-    asyncio.get_running_loop().call_soon(os.close, fd)
-    return JoinReply(reply.fields, {**reply.fds, "save": fd})
+def _for_one_task(step: Step, reply: JoinReply, task_pid: int) -> JoinReply:
+    """With sockets of the task's own, where it has to tell of its end, or asks for a cgroup."""
+    channels = {"save": step.save_channel(), "cgroup": step.cgroup_channel(task_pid)}
+    fds = {name: fd for name, fd in channels.items() if fd >= 0}
+    for fd in fds.values():
+        # The reply is sent before the event loop does anything else.
+        asyncio.get_running_loop().call_soon(os.close, fd)
+    return JoinReply(reply.fields, {**reply.fds, **fds}) if fds else reply
 
 
 def _joined(reply: JoinReply) -> tuple[list[tuple[str, str]], list[int]]:

@@ -10,14 +10,27 @@ import asyncio
 import contextlib
 import logging
 import os
+import socket
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from enclos.netns import facts, namespace, relay
-from enclos.runtime import cgroup, environment, errors, linux, plan, policy, seccomp, stepd, stored
-from enclos.runtime.connection import wait_readable
+from enclos.runtime import (
+    cgroup,
+    delegation,
+    environment,
+    errors,
+    linux,
+    plan,
+    policy,
+    protocol,
+    seccomp,
+    stepd,
+    stored,
+)
+from enclos.runtime.connection import Connection, wait_readable
 from enclos.runtime.container import Container, Lent, clone_directories
 from enclos.runtime.devices import choice
 from enclos.runtime.devices.holdings import Asker, Place
@@ -95,6 +108,7 @@ class NodeStep(Step):
         self._early: asyncio.Task[None] | None = None
         self._has_turn = asyncio.Event()
         self._saving: Saving | None = None
+        self._delegating: set[asyncio.Task[None]] = set()
         self._outside = Outside(request.stepd, around.named.node_mounts_fd)
         self._moved = False
 
@@ -132,6 +146,42 @@ class NodeStep(Step):
             ids = [("uid", str(wanted.uid)), ("gid", str(wanted.gid))]
             fields = [*ids, *(("group", str(group)) for group in wanted.groups)]
             self._saving = Saving(self._around.spawner, fields, wanted.save, wanted.tasks, fd)
+
+    def cgroup_channel(self, task_pid: int) -> int:
+        """For one task: where it says that Slurm has placed it. The caller closes it."""
+        if self._decision is None or not self._decision.delegate:
+            return -1
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        task = asyncio.create_task(self._delegate(Connection(ours), task_pid))
+        self._delegating.add(task)
+        task.add_done_callback(self._delegating.discard)
+        return theirs.detach()
+
+    async def _delegate(self, connection: Connection, task_pid: int) -> None:
+        """Make the cgroup when the task asks, or never, when its end of the socket is closed."""
+        try:
+            message = await connection.receive()
+            if message is None:
+                return
+            message.close()
+            connection.send([("version", str(protocol.VERSION)), *self._answer_delegate(task_pid)])
+        except protocol.ProtocolError:
+            log.warning("step=%s: a task asks for a cgroup in no known words", self.name)
+        finally:
+            connection.close()
+
+    def _answer_delegate(self, task_pid: int) -> list[tuple[str, str]]:
+        request = self.request
+        try:
+            made = delegation.delegate(self.record["cgroup"], task_pid, request.uid, request.gid)
+        except OSError as error:
+            detail = errors.reason(error.errno) if error.errno else str(error)
+            failure = errors.delegate_failed(detail)
+            log.warning("step=%s failed: %s", self.name, failure.line())
+            return [("status", "error"), ("text", failure.line(self._around.node)), ("hint", failure.hint)]
+        self.record["delegated"][str(task_pid)] = made
+        self._write_record()
+        return [("status", "ok")]
 
     def save_channel(self) -> int:
         """For one task: where it says that it has ended. The caller closes it; -1 where nothing is saved."""
@@ -366,6 +416,8 @@ class NodeStep(Step):
         limits = StepLimits(decision)
         limits.check()
         self.record["cgroup"] = cgroup.step_cgroup(self.request.stepd)
+        if decision.delegate and not (self.record["cgroup"] and self.record["keeper"]):
+            raise errors.delegate_without_slurm()
         if limits.needed and not self.record["cgroup"]:
             self.record["cgroup"] = cgroup.own_cgroup(self.record_name)
             self._write_record()
@@ -699,10 +751,20 @@ def _record(request: StepRequest) -> dict[str, Any]:
         "vni": 0,
         "server": None,
         "cgroup": "",
+        "keeper": _keeper(request),
+        "delegated": {},
         "name": request.name,
         "named": "",
         "limits": [],
     }
+
+
+def _keeper(request: StepRequest) -> tuple[int, int] | None:
+    """The process beside slurmstepd whose end is Slurm's SIGKILL (spank/delegate.c), if it is that."""
+    with contextlib.suppress(OSError):
+        if request.keeper and stepd.parent(request.keeper) == request.stepd:
+            return request.keeper, start_time(request.keeper)
+    return None
 
 
 def _differs(wanted: StepRequest, begun: StepRequest) -> bool:

@@ -80,25 +80,35 @@ def enable_controllers(slices: Iterable[str] = ("system.slice",)) -> None:
     enabled by the first step that needs them.
     """
     for directory in (MOUNT_POINT, *(f"{MOUNT_POINT}/{name}" for name in slices)):
-        known = _words(f"{directory}/cgroup.controllers")
+        known = words(f"{directory}/cgroup.controllers")
         for name in EXTRA_CONTROLLERS:
             if name in known:
                 with suppress(OSError):  # No such thing below: a step that needs it gets an error in words.
-                    _write(f"{directory}/cgroup.subtree_control", f"+{name}")
+                    write(f"{directory}/cgroup.subtree_control", f"+{name}")
 
 
-def _enable(directory: str, limit: Limit) -> None:
-    """Enable a limit's controller for a directory, from the root down; no process is in between."""
+def enable(directory: str, name: str) -> None:
+    """Enable a controller for what is below a directory too, from the root down; one that the kernel lacks is fine.
+
+    Raises:
+        OSError: the kernel refused, mostly because of a process in between.
+    """
+    if name in words(f"{MOUNT_POINT}/cgroup.controllers"):
+        for parent in (MOUNT_POINT, *reversed(list(_chain(directory)))):
+            write(f"{parent}/cgroup.subtree_control", f"+{name}")
+
+
+def _enable_for(directory: str, limit: Limit) -> None:
+    """Enable a limit's controller for a directory; no process is in between."""
     name = limit.controller
-    if name in _words(f"{directory}/cgroup.controllers"):
+    if name in words(f"{directory}/cgroup.controllers"):
         return
-    if name not in _words(f"{MOUNT_POINT}/cgroup.controllers"):
+    if name not in words(f"{MOUNT_POINT}/cgroup.controllers"):
         raise Refused(limit, "no controller", name)
-    for parent in (MOUNT_POINT, *reversed(list(_chain(os.path.dirname(directory))))):
-        try:
-            _write(f"{parent}/cgroup.subtree_control", f"+{name}")
-        except OSError as error:
-            raise Refused(limit, "refused", f"enable {name}: {os.strerror(error.errno or 0).lower()}") from error
+    try:
+        enable(os.path.dirname(directory), name)
+    except OSError as error:
+        raise Refused(limit, "refused", f"enable {name}: {os.strerror(error.errno or 0).lower()}") from error
 
 
 def _chain(directory: str) -> Iterator[str]:
@@ -126,13 +136,13 @@ def tighten(directory: str, wanted: Iterable[Limit], site: Iterable[Limit]) -> l
     """
     made = []
     for limit in wanted:
-        _enable(directory, limit)
+        _enable_for(directory, limit)
         if _exceeds(directory, limit):
             raise Refused(limit, "above", _shown(directory, limit))
         _set(directory, limit)
         made.append(limit)
     for limit in site:
-        _enable(directory, limit)
+        _enable_for(directory, limit)
         narrowed = _narrowed(directory, limit)
         if narrowed is not None:
             _set(directory, narrowed)
@@ -143,7 +153,7 @@ def tighten(directory: str, wanted: Iterable[Limit], site: Iterable[Limit]) -> l
 def set_oom_group(directory: str) -> None:
     """Let the kernel end all of the step when its memory is full, not the task that it likes least."""
     with suppress(OSError):
-        _write(f"{directory}/memory.oom.group", "1")
+        write(f"{directory}/memory.oom.group", "1")
 
 
 def granted(directory: str, file: str, field: str = "") -> float:
@@ -198,7 +208,7 @@ def _set(directory: str, limit: Limit) -> None:
     else:
         text = f"{limit.field}={limit.value}" if limit.field else str(limit.value)
     try:
-        _write(f"{directory}/{limit.file}", text)
+        write(f"{directory}/{limit.file}", text)
     except FileNotFoundError as error:
         raise Refused(limit, "no controller", limit.file) from error
     except OSError as error:
@@ -293,7 +303,7 @@ def create(directory: str) -> None:
 
 def enter(directory: str, pid: int) -> None:
     """Put a process there. What it forks is there, too; raises OSError."""
-    _write(f"{directory}/cgroup.procs", str(pid))
+    write(f"{directory}/cgroup.procs", str(pid))
 
 
 def place_for_more(directory: str) -> str | None:
@@ -308,7 +318,11 @@ def place_for_more(directory: str) -> str | None:
         names = [name for name in os.listdir(directory) if name.startswith("task_") and name[5:].isdigit()]
     except OSError:
         return None
-    return f"{directory}/{min(names, key=lambda name: int(name[5:]))}" if names else None
+    if not names:
+        return None
+    place = f"{directory}/{min(names, key=lambda name: int(name[5:]))}"
+    # With controllers below, a task's cgroup takes no process (delegation.py).
+    return f"{place}/inside" if os.path.isdir(f"{place}/inside") else place
 
 
 def is_own(directory: str) -> bool:
@@ -331,8 +345,8 @@ def remove(directory: str) -> bool:
             time.sleep(0.002)
 
 
-def _write(path: str, text: str) -> None:
-    # Never created: a file that is not there is a controller that is not there.
+def write(path: str, text: str) -> None:
+    """Write to a file of a cgroup; one that is not there is never created: its controller is not there."""
     fd = os.open(path, os.O_WRONLY | os.O_CLOEXEC)
     try:
         os.write(fd, text.encode())
@@ -340,7 +354,8 @@ def _write(path: str, text: str) -> None:
         os.close(fd)
 
 
-def _words(path: str) -> list[str]:
+def words(path: str) -> list[str]:
+    """The words of such a file; none where it is not there."""
     try:
         with open(path) as file:
             return file.read().split()

@@ -134,6 +134,7 @@ RDMA = (
         "invalid format: expected auto, none, names of RDMA devices or how many (1 to 99)",
     ),
 )
+CGROUP = (GIVEN, Check(one_of("readonly", "delegate"), "expected readonly or delegate"))
 UNSHARE = (
     GIVEN,
     Check(one_of(*NAMESPACES, "pid"), "unknown namespace (net, ipc or uts)", each=True),

@@ -1055,6 +1055,33 @@ def no_cgroup2(subject: str) -> EnclosError:
     )
 
 
+def delegate_forbidden() -> EnclosError:
+    """limits.delegate is false."""
+    return UserError(
+        "--container-cgroup=delegate",
+        "the site does not allow it",
+        hint=f"{ADMIN}limits.delegate in enclos.yaml",
+    )
+
+
+def delegate_without_slurm() -> EnclosError:
+    """Slurm or the node is on cgroup v1, or Slurm makes no cgroups for tasks."""
+    return AdminError(
+        "--container-cgroup=delegate",
+        "Slurm makes no cgroup of version 2 for the step's tasks",
+        hint=f"{ADMIN}it needs proctrack/cgroup and task/cgroup with cgroup v2",
+    )
+
+
+def delegate_failed(detail: str) -> EnclosError:
+    """The kernel refused, or Slurm has put the task elsewhere."""
+    return AdminError(
+        "--container-cgroup=delegate",
+        f"cannot make a cgroup for the task ({detail})",
+        hint=f"{ADMIN}'enclos check' tests all requirements",
+    )
+
+
 def limit_killed(subject: str, count: int) -> EnclosError:
     """Told when a task ends: the memory limit was reached."""
     return UserError(

@@ -20,6 +20,7 @@ from enclos.runtime import manual
 from enclos.runtime.config import yaml_value
 from enclos.runtime.settings import (
     INTERFACE_VARIABLES,
+    OOM_VARIABLE,
     OPTIONS,
     VISIBLE_VARIABLES,
     Config,
@@ -66,7 +67,7 @@ def c_header() -> str:
         "/* Variables of the job that the agent has to know; ends with NULL. */",
         "static const char *const enclos_sent_variables[] = {",
     ]
-    lines += [f"\t{_c(name)}," for name in (*INTERFACE_VARIABLES, *VISIBLE_VARIABLES)]
+    lines += [f"\t{_c(name)}," for name in (*INTERFACE_VARIABLES, *VISIBLE_VARIABLES, OOM_VARIABLE)]
     lines += ["\tNULL,", "};", "", "#endif", ""]
     return "\n".join(lines)
 

@@ -31,6 +31,7 @@ class Decision:
     limits: Limits = ()
     site_limits: Limits = ()
     oom_group: bool = False
+    delegate: bool = False
 
 
 def decide(request: StepRequest, config: Config, partition: str = "", account: str = "") -> Decision:
@@ -41,7 +42,7 @@ def decide(request: StepRequest, config: Config, partition: str = "", account: s
 
     Raises:
         EnclosError: disabled, root_step, unknown_network, network_forbidden, mounts_forbidden,
-            slurm_commands_useless, limit_above_maximum.
+            slurm_commands_useless, limit_above_maximum, delegate_forbidden.
     """
     if not config.enabled:
         raise errors.disabled()
@@ -49,6 +50,8 @@ def decide(request: StepRequest, config: Config, partition: str = "", account: s
         raise errors.root_step()
     if request.mounts and not config.mounts.user:
         raise errors.mounts_forbidden(request.mounts[0].text)
+    if request.delegate and not config.limits.delegate:
+        raise errors.delegate_forbidden()
     network = _network(request, config)
     remap_root = _wish(request.remap_root, config.rootfs.remap_root)
     wanted, from_site = _limits(request, config, partition, account)
@@ -63,7 +66,8 @@ def decide(request: StepRequest, config: Config, partition: str = "", account: s
         user_mounts=request.mounts,
         limits=wanted,
         site_limits=from_site,
-        oom_group=config.limits.oom_group,
+        oom_group=config.limits.oom_group and request.oom_kill_step,
+        delegate=request.delegate,
     )
 
 

@@ -16,7 +16,7 @@ from enclos.runtime.devices import cdi
 from enclos.runtime.early import NAME_BYTES, NAMESPACES, PATH_BYTES, RDMA
 from enclos.runtime.images.reference import is_path
 from enclos.runtime.mounts import Mount
-from enclos.runtime.settings import INTERFACE_VARIABLES, VISIBLE_VARIABLES
+from enclos.runtime.settings import INTERFACE_VARIABLES, OOM_VARIABLE, VISIBLE_VARIABLES
 
 BATCH_STEP = 4294967291
 INTERACTIVE_STEP = 4294967290
@@ -70,6 +70,7 @@ class StepRequest:
     entrypoint_log: bool
     limits: limits.Limits
     slurm: bool
+    delegate: bool
     environment: tuple[str, ...]
     interface_variables: Mapping[str, str]
     devices: tuple[tuple[str, str], ...] = ()
@@ -81,6 +82,8 @@ class StepRequest:
     auth_file: str = ""
     runtime_directory: str = ""
     pinned: str = ""
+    keeper: int = 0
+    oom_kill_step: bool = True
 
     @property
     def asks_by_default(self) -> bool:
@@ -139,17 +142,20 @@ def parse(fields: Fields) -> StepRequest:
         entrypoint_log=_flag(fields, "entrypoint-log") is True,
         slurm=_flag(fields, "slurm") is True,
         limits=_limits(fields),
+        delegate=_delegate(fields),
         environment=_environment(fields),
         interface_variables=_variables(fields, INTERFACE_VARIABLES),
         devices=_devices(fields),
         gpus=_gpus(fields),
         gpu_numbers=_gpu_numbers(fields),
         visible=_variables(fields, VISIBLE_VARIABLES),
+        oom_kill_step=_last(fields, f"env.{OOM_VARIABLE}") != "0",
         slurm_conf=_path(fields, "conf"),
         rdma=_rdma(fields),
         auth_file=_lenient_path(fields, "authfile"),
         runtime_directory=_lenient_path(fields, "runtime"),
         pinned=_last(fields, "pinned"),
+        keeper=_number(fields, "keeper", 2, _PID_MAX) if "keeper" in fields else 0,
     )
 
 
@@ -303,6 +309,13 @@ def _limits(fields: Fields) -> limits.Limits:
         return limits.parse(text) if text else ()
     except limits.BadLimit as error:
         raise errors.bad_option("limit", error.text, error.detail) from error
+
+
+def _delegate(fields: Fields) -> bool:
+    value = _option(fields, "cgroup")
+    if value not in ("", "readonly", "delegate"):
+        raise errors.bad_option("cgroup", value[:32], early.CGROUP[-1].words)
+    return value == "delegate"
 
 
 def _mounts(fields: Fields, cwd: str) -> tuple[Mount, ...]:

@@ -400,8 +400,15 @@ class Limits:
         True,
         Flag(),
         "Where a memory limit is set here or by the user, let the kernel end all processes of the step on "
-        "the node when it is reached, as Slurm's OOMKillStep does. When false it ends the largest one. Slurm's "
-        "own choice for its own limits is never undone.",
+        "the node when it is reached, as Slurm's OOMKillStep does. When false it ends the largest one. A step "
+        "with SLURM_OOM_KILL_STEP=0, as srun --oom-kill-step=0 of Slurm 24.11 has it, is left as it is; what Slurm "
+        "has set is never undone.",
+    )
+    delegate: bool = setting(
+        True,
+        Flag(),
+        "Whether users may ask for cgroups of their own below their tasks' with --container-cgroup=delegate. They "
+        "divide what the step has and end with it; the kernel keeps up to 4,096 of them for a task.",
     )
 
 
@@ -653,6 +660,16 @@ OPTIONS: tuple[Option, ...] = (
         checks=early_limits.LIMIT,
     ),
     option(
+        "cgroup",
+        "readonly|delegate",
+        "what a task may do with cgroups: see its step's, or make some below its own",
+        "readonly is what a step gets without it. With delegate each task has a cgroup of its own as /sys/fs/cgroup, "
+        "in which podman, a kubelet or your own program can make others, move its processes and divide what the "
+        "step has. It ends with the task, and everything in it.",
+        pyxis=False,
+        checks=early.CGROUP,
+    ),
+    option(
         "network",
         "job|host|none",
         "network of the container: private to this job, the node's, or none",
@@ -683,6 +700,10 @@ INTERFACE_VARIABLES: tuple[str, ...] = (
 
 # Variables with which a user narrows the GPUs of a vendor (devices/choice.py).
 VISIBLE_VARIABLES: tuple[str, ...] = ("NVIDIA_VISIBLE_DEVICES", "AMD_VISIBLE_DEVICES")
+
+# 0 or 1: srun's --oom-kill-step, or what a batch script has of it (Slurm 24.11, src/srun/srun.c and
+# src/slurmd/slurmstepd/task.c). Older releases do not know it, and hand on what the user exports.
+OOM_VARIABLE = "SLURM_OOM_KILL_STEP"
 
 
 if __name__ == "__main__":

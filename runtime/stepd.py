@@ -26,7 +26,7 @@ def of_request(told: int, peer_pid: int, *, is_task: bool) -> int:
     try:
         if not lives_elsewhere(peer_pid, "pid"):
             return told
-        return _parent(peer_pid) if is_task else peer_pid
+        return parent(peer_pid) if is_task else peer_pid
     except OSError as error:
         raise errors.bad_request(f"stepd={told}: {errors.reason(error.errno or 0)}") from error
 
@@ -79,7 +79,8 @@ def _real_uid(pid: int) -> int:
     return int(_status(pid, b"Uid"))
 
 
-def _parent(pid: int) -> int:
+def parent(pid: int) -> int:
+    """Pid of its parent; OSError when it is gone."""
     return int(_status(pid, b"PPid"))
 
 

@@ -7,6 +7,7 @@ mounts nothing, knows nothing of sockets towards Slurm.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import os
 import time
@@ -15,7 +16,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from enclos.runtime import cgroup, errors, steplimits
+from enclos.runtime import cgroup, delegation, errors, steplimits
 from enclos.runtime.connection import wait_readable
 from enclos.runtime.devices.node import NodeDevices
 from enclos.runtime.images.imports import Imports
@@ -34,6 +35,7 @@ log = logging.getLogger("enclosd")
 # Of a step's record: not for people.
 HIDDEN = (
     *("stepd_start", "namespaces", "netns", "vni", "server", "limits"),
+    *("keeper", "delegated"),
     *("named", "remap_root", "mount_home", "gpus", "environment", "entering"),
 )
 
@@ -120,6 +122,16 @@ class Step:
         """A descriptor for one task that has joined, the caller's; -1 where it needs none."""
         return -1
 
+    def cgroup_channel(self, task_pid: int) -> int:
+        """A descriptor by which a task gets a cgroup of its own when it has joined, the caller's; -1 for none."""
+        return -1
+
+    async def task_ended(self, pid: int) -> None:
+        """End what a task has left below its cgroup, so that Slurm can remove that."""
+        directory = self.record.get("delegated", {}).get(str(pid))
+        if directory is not None and not await asyncio.to_thread(delegation.revoke, directory):
+            log.error("step=%s: what is below %s cannot be ended", self.name, directory)
+
     @property
     def running(self) -> bool:
         """Whether another step of its user can enter its container."""
@@ -186,8 +198,11 @@ class Step:
 
     async def watch(self, forget: Callable[[Step], None]) -> None:
         """Wait for the end of slurmstepd, then clean up behind the step."""
+        guard = asyncio.create_task(self._guard()) if self.record.get("keeper") else None
         await wait_readable(self.stepd_pidfd)
         forget(self)
+        if guard is not None:
+            guard.cancel()
         try:
             self._around.named.left(self)
             if self._unshare():
@@ -204,9 +219,23 @@ class Step:
             self._around.journal.remove(self.record_name)
         log.info("step=%s ended after %.1f s", self.name, time.time() - self.record["started"])
 
+    async def _guard(self) -> None:
+        """Kill everything when Slurm kills everything: below the tasks' cgroups it does not look (delegation.py)."""
+        pid, started = self.record["keeper"]
+        with contextlib.suppress(OSError):
+            keeper = os.pidfd_open(pid)
+            try:
+                if start_time(pid) == started:
+                    await wait_readable(keeper)
+            finally:
+                os.close(keeper)
+        cgroup.kill(str(self.record.get("cgroup", "")))
+
     async def _remove_cgroup(self) -> None:
         """Where it is one of ours; a thread waits for the kernel, which takes its time with what was killed."""
         directory = str(self.record.get("cgroup", ""))
+        if self.record.get("delegated") and not await asyncio.to_thread(delegation.remove_step, directory):
+            log.error("step=%s: %s cannot be removed", self.name, directory)
         if cgroup.is_own(directory) and not await asyncio.to_thread(cgroup.remove, directory):
             log.error("step=%s: %s cannot be removed", self.name, directory)
 

@@ -23,6 +23,7 @@ SPANK_PLUGIN(enclos, 1)
 #define PREPARE_TIMEOUT_S 2 /* nothing waits for PREPARE: without it the JOIN does the same, later */
 #define JOIN_TIMEOUT_S 10
 #define EXIT_TIMEOUT_S 2
+#define REMOVAL_TIMEOUT_S 20 /* of what is below a task's cgroup */
 #define PROLOG_TIMEOUT_S 2
 #define EPILOG_TIMEOUT_S 5
 
@@ -150,6 +151,7 @@ int slurm_spank_init_post_opt(spank_t spank, int count, char *words[])
 	report_prepare();
 	if (report_kept())
 		return 0;
+	delegate_begin(&step.facts);
 	/* The real one is known in user_init; until then the user's shell has the best guess. */
 	if (spank_getenv(spank, "PWD", step.cwd, sizeof(step.cwd)) != ESPANK_SUCCESS)
 		step.cwd[0] = '\0';
@@ -169,9 +171,9 @@ int slurm_spank_user_init(spank_t spank, int count, char *words[])
 }
 
 /* Sends a request and shows the notices of its answer. Whatever goes wrong: the task has ended, nothing depends on it. */
-static void show_answer(const struct wire_out *request)
+static void show_answer(const struct wire_out *request, int timeout_s)
 {
-	int fd = send_request(request, EXIT_TIMEOUT_S);
+	int fd = send_request(request, timeout_s);
 	struct wire_in *reply;
 	const char *key, *value;
 	size_t cursor = 0;
@@ -179,7 +181,7 @@ static void show_answer(const struct wire_out *request)
 	if (fd < 0)
 		return;
 	reply = malloc(sizeof(*reply));
-	if (reply != NULL && wire_receive(fd, reply, EXIT_TIMEOUT_S * 1000) == 0) {
+	if (reply != NULL && wire_receive(fd, reply, timeout_s * 1000) == 0) {
 		while (wire_next(reply, &cursor, &key, &value)) {
 			if (strncmp(key, "notice=", 7) == 0)
 				slurm_error("enclos: %s", value);
@@ -286,22 +288,28 @@ int slurm_spank_task_init(spank_t spank, int count, char *words[])
 
 /*
  * slurmstepd, as root, when a task has ended; its output still reaches srun. Slurm says that something was killed, the
- * agent which limit did it. With contain_spank (24.11 and later) this runs in a clone, which makes no difference.
+ * agent which limit did it. What is left below the task's own cgroup ends here: Slurm removes that next.
+ * With contain_spank (24.11 and later) this runs in a clone, which makes no difference.
  */
 int slurm_spank_task_exit(spank_t spank, int count, char *words[])
 {
 	struct wire_out request;
+	pid_t pid = 0;
 	int status = 0;
 
 	(void)count;
 	(void)words;
-	if (!step.wanted || spank_get_item(spank, S_TASK_EXIT_STATUS, &status) != ESPANK_SUCCESS || status == 0)
+	if (!step.wanted || spank_get_item(spank, S_TASK_EXIT_STATUS, &status) != ESPANK_SUCCESS ||
+	    (status == 0 && !delegate_wanted()))
 		return 0;
 	wire_begin(&request, "exit");
 	step_add_ids(spank, &request);
 	wire_add_number(&request, "stepd", (unsigned long long)step.stepd);
-	show_answer(&request);
+	if (delegate_wanted() && spank_get_item(spank, S_TASK_PID, &pid) == ESPANK_SUCCESS)
+		wire_add_number(&request, "pid", (unsigned long long)pid);
+	show_answer(&request, delegate_wanted() ? REMOVAL_TIMEOUT_S : EXIT_TIMEOUT_S);
 	wire_free(&request);
+	delegate_task_ended(spank);
 	return 0;
 }
 

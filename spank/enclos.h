@@ -34,6 +34,7 @@ void options_settle(spank_t spank);
 bool options_container_given(void);
 bool options_profile_given(void);
 const char *options_subject(void);
+const char *options_given(const char *key);
 void options_replace(const char *name, const char *value, const char *own);
 const char *options_relative(void);
 void options_use_image(const char *image);
@@ -97,6 +98,8 @@ struct join {
 	struct wire_in *reply; /* NULL until the agent has answered ok */
 	int user_fd, mnt_fd, ipc_fd, uts_fd;
 	int save_fd;	   /* where the end of the task is told, to have the container saved; -1: it is not */
+	int cgroup_fd;	   /* where a cgroup for the task is asked for; -1: it gets none */
+	bool delegated;	   /* the task has it */
 	int entrypoint_fd; /* what the tasks share of the entrypoint's run; -1: none is run */
 	void *filter; /* seccomp program: array of struct sock_filter */
 	size_t filter_bytes;
@@ -108,6 +111,13 @@ void join_environment(struct join *join, spank_t spank);
 bool join_container(struct join *join);
 bool join_confine(struct join *join);
 bool join_find_command(spank_t spank);
+
+/* delegate.c: --container-cgroup=delegate */
+bool delegate_wanted(void);
+void delegate_begin(struct wire_out *facts);
+void delegate_task_ended(spank_t spank);
+bool delegate_enter(struct join *join);
+bool delegate_mount(const struct join *join);
 
 /* save.c: --container-save */
 void save_begin(spank_t spank, int fd);

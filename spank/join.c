@@ -137,6 +137,7 @@ static bool take_answer(struct join *join, struct wire_in *reply)
 	join->uts_fd = wire_take_fd(reply, "uts");
 	join->entrypoint_fd = wire_take_fd(reply, "entrypoint");
 	join->save_fd = wire_take_fd(reply, "save");
+	join->cgroup_fd = wire_take_fd(reply, "cgroup");
 	if (join->user_fd < 0 || join->mnt_fd < 0) {
 		report_keep("%s: the agent's answer has no namespaces on %s", options_subject(),
 			    report_node());
@@ -177,7 +178,7 @@ bool join_wait(struct join *join, int fd, const struct wire_out *request, bool s
 	struct signals saved;
 	int error;
 
-	*join = (struct join){ .user_fd = -1, .mnt_fd = -1, .ipc_fd = -1, .uts_fd = -1, .save_fd = -1, .entrypoint_fd = -1 };
+	*join = (struct join){ .user_fd = -1, .mnt_fd = -1, .ipc_fd = -1, .uts_fd = -1, .save_fd = -1, .entrypoint_fd = -1, .cgroup_fd = -1 };
 	error = reply == NULL ? -ENOMEM : wire_send(fd, request, mount_fd);
 	if (mount_fd >= 0)
 		close(mount_fd);
@@ -291,7 +292,7 @@ static bool forget_node_sockets(void)
  */
 bool join_container(struct join *join)
 {
-	if (!forget_node_sockets() || !enter(&join->user_fd, CLONE_NEWUSER, "user") ||
+	if (!forget_node_sockets() || !delegate_enter(join) || !enter(&join->user_fd, CLONE_NEWUSER, "user") ||
 	    !enter(&join->mnt_fd, CLONE_NEWNS, "mount") || !enter(&join->ipc_fd, CLONE_NEWIPC, "ipc") ||
 	    !enter(&join->uts_fd, CLONE_NEWUTS, "uts"))
 		return false;
@@ -300,7 +301,7 @@ bool join_container(struct join *join)
 			    strerror(errno), report_node());
 		return false;
 	}
-	return true;
+	return delegate_mount(join);
 }
 
 /* setns(CLONE_NEWUSER) fills the bounding set again, so this comes after it. */

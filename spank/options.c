@@ -197,6 +197,14 @@ bool options_listed(const char *list, const char *name)
 	return false;
 }
 
+/* The value of an option that takes one, in slurmstepd after options_settle(); NULL where it was not given. */
+const char *options_given(const char *key)
+{
+	int index = options_find_key(key);
+
+	return index >= 0 ? chosen[index] : NULL;
+}
+
 /* Of two rows of one group: does the list of winners name the other one, and not this one? */
 bool options_lost(const char *flags, int index, int other)
 {

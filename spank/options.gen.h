@@ -118,13 +118,19 @@ static const struct enclos_check enclos_checks_limit[] = {
 	{ NULL, NULL, NULL, ENCLOS_MATCH, 0, 0 },
 };
 
+static const struct enclos_check enclos_checks_cgroup[] = {
+	{ "^(.+)$", "argument required", "", ENCLOS_MATCH, 0, 0 },
+	{ "^((readonly|delegate))$", "expected readonly or delegate", "", ENCLOS_MATCH, 0, 0 },
+	{ NULL, NULL, NULL, ENCLOS_MATCH, 0, 0 },
+};
+
 static const struct enclos_check enclos_checks_network[] = {
 	{ "^(.+)$", "argument required", "", ENCLOS_MATCH, 0, 0 },
 	{ "^((job|host|none))$", "no such network (job, host or none)", "", ENCLOS_MATCH, 0, 0 },
 	{ NULL, NULL, NULL, ENCLOS_MATCH, 0, 0 },
 };
 
-#define ENCLOS_OPTION_COUNT 23
+#define ENCLOS_OPTION_COUNT 24
 
 static const struct enclos_option_row enclos_option_rows[] = {
 	{
@@ -260,6 +266,12 @@ static const struct enclos_option_row enclos_option_rows[] = {
 		enclos_checks_limit,
 	},
 	{
+		"container-cgroup", "readonly|delegate",
+		"[enclos] what a task may do with cgroups: see its step's, or make some below its own",
+		1, "ENCLOS_CONTAINER_CGROUP", NULL, "cgroup", NULL,
+		enclos_checks_cgroup,
+	},
+	{
 		"container-network", "job|host|none",
 		"[enclos] network of the container: private to this job, the node's, or none",
 		1, "ENCLOS_CONTAINER_NETWORK", NULL, "network", NULL,
@@ -283,6 +295,7 @@ static const char *const enclos_sent_variables[] = {
 	"FI_VERBS_IFACE",
 	"NVIDIA_VISIBLE_DEVICES",
 	"AMD_VISIBLE_DEVICES",
+	"SLURM_OOM_KILL_STEP",
 	NULL,
 };
 

@@ -9,7 +9,7 @@ _enclos()
 	done
 	COMPREPLY=()
 	case $previous in
-	--authfile|--container-device|--container-env|--container-image|--container-limit|--container-mounts|--container-name|--container-network|--container-profile|--container-rdma|--container-save|--container-unshare|--container-workdir|--count|--file|--gpus|--interval|--job|--reload|--unused|-n)
+	--authfile|--container-cgroup|--container-device|--container-env|--container-image|--container-limit|--container-mounts|--container-name|--container-network|--container-profile|--container-rdma|--container-save|--container-unshare|--container-workdir|--count|--file|--gpus|--interval|--job|--reload|--unused|-n)
 		return
 		;;
 	esac
@@ -72,7 +72,7 @@ _enclos()
 		words="validate show options ls"
 		;;
 	"render"*)
-		words="--help --container-image --container-mounts --container-profile --container-workdir --container-name --container-save --container-writable --container-readonly --container-remap-root --no-container-remap-root --container-mount-home --no-container-mount-home --container-entrypoint --no-container-entrypoint --container-entrypoint-log --container-slurm --no-container-slurm --container-env --container-device --container-rdma --container-unshare --container-limit --container-network --gpus --json"
+		words="--help --container-image --container-mounts --container-profile --container-workdir --container-name --container-save --container-writable --container-readonly --container-remap-root --no-container-remap-root --container-mount-home --no-container-mount-home --container-entrypoint --no-container-entrypoint --container-entrypoint-log --container-slurm --no-container-slurm --container-env --container-device --container-rdma --container-unshare --container-limit --container-cgroup --container-network --gpus --json"
 		;;
 	"config")
 		words="show validate"

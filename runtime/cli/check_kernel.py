@@ -19,26 +19,38 @@ from enclos.runtime.errors import namespace_limit
 
 @dataclass(frozen=True, slots=True)
 class Feature:
-    """A probe, what it is for, and what usually helps; `instead` is what happens where the kernel lacks just this."""
+    """A probe, what it is for, and what usually helps; `instead` is what happens where the kernel lacks just this.
+
+    `lacking` is the error by which the kernel says so, `newer` who needs a kernel that has it.
+    """
 
     subject: str
     probe: Callable[[], None]
     hint: str
     root_only: bool = False
     instead: str = ""
+    lacking: int = errno.EINVAL
+    newer: str = ""
 
 
 _LIMITS = "raise user.max_{mnt,net,ipc,uts,cgroup}_namespaces (sysctl)"
 _OVERLAY = "it needs overlayfs with userxattr (Linux 5.11, module overlay)"
 _SQUASHFS = "it needs squashfs and loop devices (modules squashfs, loop)"
 _NO_IDMAP = "no idmapped mounts of squashfs (Linux 6.2): squashfuse serves every image, slower"
+_NO_ATTRIBUTES = (
+    "tmpfs has no user attributes (Linux 6.6): in a container, a directory of the image that was removed cannot be "
+    "made again (Input/output error)"
+)
 _FUSE = "images of users need FUSE (module fuse), or images.user_files: refuse"
 
 FEATURES = (
     Feature("user namespaces", probe.user_namespace, "raise user.max_user_namespaces (sysctl)"),
     Feature("other namespaces", probe.other_namespaces, _LIMITS),
     Feature("overlay", probe.overlay_in_a_user_namespace, _OVERLAY),
-    Feature("squashfs", probe.squashfs_shown_to_a_user, _SQUASHFS, root_only=True, instead=_NO_IDMAP),
+    Feature("squashfs", probe.squashfs_shown_to_a_user, _SQUASHFS, root_only=True, instead=_NO_IDMAP,
+            newer="a newer kernel, if images are read much"),
+    Feature("tmpfs attributes", probe.user_attributes_of_tmpfs, _OVERLAY, instead=_NO_ATTRIBUTES,
+            lacking=errno.EOPNOTSUPP, newer="a newer kernel, or containers kept on a disk (named.directory)"),
     Feature("fuse", probe.fuse_shown_to_a_user, _FUSE, root_only=True),
     Feature("vxlan", probe.vxlan, "it needs the module vxlan"),
     Feature("nftables", probe.nftables, "it needs the nft command and the module nf_tables"),
@@ -78,8 +90,8 @@ def feature_finding(feature: Feature, is_root: bool) -> Finding:
     refused = probe.refusal(feature.probe)
     if refused is None:
         return ok(feature.subject)
-    if feature.instead and refused.startswith(os.strerror(errno.EINVAL)):
-        return note(feature.subject, feature.instead, "a newer kernel, if images are read much")
+    if feature.instead and refused.startswith(os.strerror(feature.lacking)):
+        return note(feature.subject, feature.instead, feature.newer)
     limit = namespace_limit()
     if not is_root and not limit:
         return skipped(feature.subject, f"a user cannot test it here ({refused})")

@@ -161,6 +161,21 @@ def fuse_shown_to_a_user() -> None:
 
 def overlay_in_a_user_namespace() -> None:
     """An overlay with userxattr on a tmpfs, mounted with no power but in a user namespace."""
+    _enter_a_tmpfs_in_a_user_namespace()
+    for name in ("lower", "upper", "work"):
+        Path("/mnt", name).mkdir()
+    directories = {"lowerdir": "/mnt/lower", "upperdir": "/mnt/upper", "workdir": "/mnt/work"}
+    options = (*directories.items(), ("userxattr", None))
+    os.close(linux.mount_filesystem("overlay", options))
+
+
+def user_attributes_of_tmpfs() -> None:
+    """What overlayfs with userxattr needs on its upper layer, to say that a new directory hides a lower one."""
+    _enter_a_tmpfs_in_a_user_namespace()
+    os.setxattr("/mnt", "user.enclos", b"y")
+
+
+def _enter_a_tmpfs_in_a_user_namespace() -> None:
     if os.geteuid() == 0:
         linux.setns(linux.userns_with_map(IDENTITY, IDENTITY), linux.CLONE_NEWUSER)
     else:
@@ -168,11 +183,6 @@ def overlay_in_a_user_namespace() -> None:
     linux.unshare(linux.CLONE_NEWNS)
     linux.set_propagation("/", linux.MS_REC | linux.MS_PRIVATE)
     linux.move_mount(linux.mount_filesystem("tmpfs", ()), linux.AT_FDCWD, "/mnt")
-    for name in ("lower", "upper", "work"):
-        Path("/mnt", name).mkdir()
-    directories = {"lowerdir": "/mnt/lower", "upperdir": "/mnt/upper", "workdir": "/mnt/work"}
-    options = (*directories.items(), ("userxattr", None))
-    os.close(linux.mount_filesystem("overlay", options))
 
 
 def _become_root_of_a_user_namespace_if_needed() -> None:

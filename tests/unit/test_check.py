@@ -218,9 +218,9 @@ def run_with_limit(name: str, program: str) -> str:
 @pytest.mark.parametrize(
     ("limit", "refused"),
     [
-        ("user", {"user namespaces", "overlay"}),
+        ("user", {"user namespaces", "overlay", "tmpfs attributes"}),
         ("net", {"other namespaces", "nftables"}),
-        ("mnt", {"other namespaces", "overlay"}),
+        ("mnt", {"other namespaces", "overlay", "tmpfs attributes"}),
     ],
 )
 def test_probes_notice_what_is_forbidden(limit: str, refused: set[str]) -> None:

@@ -106,6 +106,8 @@ BAD = [
     ("rdma", "mlx5_0,", "invalid format"),
     ("rdma", "mlx5_0,2", "invalid format"),
     ("rdma", "mlx5_*", "invalid format"),
+    ("cgroup", "", "argument required"),
+    ("cgroup", "writable", "expected readonly or delegate"),
     ("limit", "", "argument required"),
     ("limit", "8G", "not a limit"),
     ("limit", "ram=8G", "not a limit"),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 from enclos.runtime import config, policy
 from enclos.runtime.errors import EnclosError
@@ -68,3 +70,17 @@ def test_root_where_the_site_allows_it() -> None:
 def test_the_kill_switch_goes_before_all_else() -> None:
     with pytest.raises(EnclosError, match="switched off"):
         policy.decide(request(uid=0, network="blue"), settings("enabled: false"))
+
+
+@pytest.mark.parametrize(("value", "site", "whole"), [("0", "yes", False), ("1", "yes", True), ("1", "no", False)])
+def test_a_user_who_wants_no_step_killed_whole_is_heard(value: str, site: str, whole: bool) -> None:
+    asks = replace(request(), oom_kill_step=value != "0")
+    assert policy.decide(asks, settings(f"limits: {{oom_group: {site}}}")).oom_group == whole
+
+
+def test_cgroups_of_ones_own_are_for_the_site_to_allow() -> None:
+    asks = request(cgroup="delegate")
+    assert policy.decide(asks, settings()).delegate
+    assert not policy.decide(request(cgroup="readonly"), settings()).delegate
+    with pytest.raises(EnclosError, match="--container-cgroup=delegate: the site does not allow it"):
+        policy.decide(asks, settings("limits: {delegate: no}"))

@@ -138,7 +138,7 @@ def test_every_option_can_stand_in_a_profile(tmp_path: Path) -> None:
     for row in OPTIONS:
         if row.key == "profile":
             continue
-        texts = ["/x", "x", "acme.com/v=v", "none", "net", "pids=9"]
+        texts = ["/x", "x", "acme.com/v=v", "none", "net", "pids=9", "delegate"]
         taken = next(text for text in texts if not any(check.refuses(text) for check in row.checks))
         value = "true" if row.fixed else f"[{taken!r}]" if row.key == "env" else repr(taken)
         write(tmp_path, a_toml=f"{row.name.replace('container-', '').replace('-', '_')} = {value}")

@@ -87,7 +87,7 @@ def test_options_are_all_there() -> None:
     assert names == {
         "image", "mounts", "profile", "workdir", "name", "save", "writable", "readonly", "remap-root", "no-remap-root",
         "mount-home", "no-mount-home", "entrypoint", "no-entrypoint", "entrypoint-log", "slurm", "no-slurm", "env",
-        "device", "rdma", "unshare", "limit", "network",
+        "device", "rdma", "unshare", "limit", "cgroup", "network",
     }  # fmt: skip
 
 
