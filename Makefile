@@ -109,6 +109,13 @@ install: $(SHIM) ## install for a site: DESTDIR=, prefix=/usr/local, sysconfdir=
 	test -e $(DESTDIR)$(sysconfdir)/enclos/enclos.yaml || install -m 644 conf/enclos.yaml $(DESTDIR)$(sysconfdir)/enclos/
 	sed 's|^ExecStart=.*|ExecStart=$(prefix)/bin/enclosd|' conf/enclosd.service > $(DESTDIR)$(unitdir)/enclosd.service
 	install -D -m 644 conf/completion/enclos.bash $(DESTDIR)$(prefix)/share/bash-completion/completions/enclos
+	# Where Slurm's own completion is, as with prefix=/usr, it stays as it is.
+	set -e; for command in srun sbatch salloc; do \
+	    file=$(DESTDIR)$(prefix)/share/bash-completion/completions/$$command; \
+	    if [ ! -e "$$file" ] || grep -q _enclos_srun "$$file"; then \
+	        install -D -m 644 conf/completion/enclos-srun.bash "$$file"; \
+	    fi; \
+	done
 	install -D -m 644 -t $(DESTDIR)$(prefix)/share/zsh/site-functions conf/completion/_enclos
 	for page in docs/man/*.[1-8]; do install -D -m 644 -t $(DESTDIR)$(mandir)/man$${page##*.} "$$page"; done
 	@echo 'plugstack.conf: required $(libdir)/spank_enclos.so'

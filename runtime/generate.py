@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from enclos.runtime import manual
+from enclos.runtime import completion, manual
 from enclos.runtime.config import yaml_value
 from enclos.runtime.settings import (
     INTERFACE_VARIABLES,
@@ -260,8 +260,9 @@ def files(root: Path = ROOT) -> dict[Path, str]:
         root / "spank/options.gen.h": c_header(),
         root / "conf/enclos.yaml": yaml_example(),
         root / "conf/enclos.schema.json": json_schema(),
-        root / "conf/completion/enclos.bash": manual.bash(),
-        root / "conf/completion/_enclos": manual.zsh(),
+        root / "conf/completion/enclos.bash": completion.bash(),
+        root / "conf/completion/enclos-srun.bash": completion.bash_slurm(),
+        root / "conf/completion/_enclos": completion.zsh(),
     }
     for page in sorted((root / "docs/man").glob("*.[158]")):
         made[page] = fill_tables(page.read_text())

@@ -1,7 +1,7 @@
-"""The commands' manual pages and completion, made from what their --help says: one source, argparse's.
+"""The commands' manual pages, made from what their --help says: one source, argparse's. Completion: completion.py.
 
-generate.py fills the marked parts of docs/man with these texts and writes conf/completion. For developers and tests; no
-daemon imports it. The options of srun and the settings are generate.py's own.
+generate.py fills the marked parts of docs/man with these texts. For developers and tests; no daemon imports it. The
+options of srun and the settings are generate.py's own.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from importlib import import_module
 
 from enclos.runtime.cli import common
-from enclos.runtime.cli.main import GLOBAL_OPTIONS, VERBS
+from enclos.runtime.cli.main import VERBS
 
 # A verb with more options than this (render takes srun's) says [OPTION...] in the synopsis, and its page has them.
 SHOWN_OPTIONS = 6
@@ -144,119 +144,3 @@ def _metavar(action: argparse.Action) -> str:
         return "|".join(map(str, action.choices))
     named = action.metavar if isinstance(action.metavar, str) else None
     return named or action.dest.upper()
-
-
-# ---------------------------------------------------------------- completion
-
-
-def bash() -> str:
-    """conf/completion/enclos.bash."""
-    cases, values = [], set()
-    for words, choices, kind in _completions():
-        extra = " $(enclos profile ls 2>/dev/null | sed '1d; s/ .*//')" if kind == "profile" else ""
-        cases.append(f"\t{_pattern(words)})\n\t\twords=\"{' '.join(choices)}{extra}\"\n\t\t;;")
-    for verb in verbs():
-        values |= {text for action in verb.parser._actions if action.nargs != 0 for text in action.option_strings}
-    return f"""\
-# bash completion of enclos(1). {NOTE}
-
-_enclos()
-{{
-	local current=${{COMP_WORDS[COMP_CWORD]}} previous=${{COMP_WORDS[COMP_CWORD - 1]}} given="" words="" word
-
-	for word in "${{COMP_WORDS[@]:1:COMP_CWORD-1}}"; do
-		[[ $word == -* ]] || given+="${{given:+ }}$word"
-	done
-	COMPREPLY=()
-	case $previous in
-	{"|".join(sorted(values))})
-		return
-		;;
-	esac
-	case $given in
-{chr(10).join(cases)}
-	esac
-	mapfile -t COMPREPLY < <(compgen -W "$words" -- "$current")
-}}
-
-complete -o bashdefault -o default -F _enclos enclos
-"""
-
-
-def _pattern(words: str) -> str:
-    """A verb without further verbs goes on with whatever is typed after it."""
-    leaves = {verb.words for verb in verbs()}
-    return f'"{words}"*' if words in leaves else f'"{words}"'
-
-
-def _completions() -> Iterator[tuple[str, list[str], str]]:
-    """(words typed so far, what may follow, what names may follow), the longest first."""
-    found: dict[str, list[str]] = {"": [*VERBS, *GLOBAL_OPTIONS]}
-    for verb in verbs():
-        parts = verb.words.split()
-        for depth in range(1, len(parts)):
-            found.setdefault(" ".join(parts[:depth]), []).append(parts[depth])
-        options = [text for action in verb.parser._actions for text in action.option_strings if text != "-h"]
-        found[verb.words] = options
-    for words in sorted(found, key=len, reverse=True):
-        names = "profile" if words.startswith("profile ") and words != "profile ls" else ""
-        yield words, list(dict.fromkeys(found[words])), names
-
-
-def zsh() -> str:
-    """conf/completion/_enclos."""
-    lines = []
-    groups: dict[str, list[Verb]] = {}
-    for verb in verbs():
-        groups.setdefault(verb.words.split()[0], []).append(verb)
-    for name, members in groups.items():
-        lines.append(f"\t{name})")
-        if members[0].words == name:
-            lines.append(f"\t\t_arguments {' '.join(_zsh_specs(members[0]))}")
-        else:
-            rows = " ".join(_zsh_quote(f"{member.words.split()[1]}:{_plain(member.text)}") for member in members)
-            lines += ["\t\tif (( CURRENT == 3 )); then", f"\t\t\tlocal -a nested=({rows})"]
-            lines += ["\t\t\t_describe 'verb' nested", "\t\telse", "\t\t\tcase $words[3] in"]
-            for member in members:
-                lines += [f"\t\t\t{member.words.split()[1]}) _arguments {' '.join(_zsh_specs(member))} ;;"]
-            lines += ["\t\t\tesac", "\t\tfi"]
-        lines.append("\t\t;;")
-    rows = " ".join(_zsh_quote(f"{name}:{_plain(text)}") for name, (_, text) in VERBS.items())
-    body = "\n".join(lines)
-    return f"""\
-#compdef enclos
-# zsh completion of enclos(1). {NOTE}
-
-_enclos()
-{{
-	local -a verbs=({rows})
-
-	if (( CURRENT == 2 )); then
-		_describe 'verb' verbs
-		return
-	fi
-	case $words[2] in
-{body}
-	esac
-}}
-
-_enclos "$@"
-"""
-
-
-def _zsh_specs(verb: Verb) -> Iterator[str]:
-    for action in verb.parser._actions:
-        for text in action.option_strings:
-            if text != "-h":
-                value = "" if action.nargs == 0 else f":{_metavar(action).replace(':', ' ')}:_files"
-                yield _zsh_quote(f"{text}[{_plain(_help(action) or text)}]{value}")
-    yield "'*:file:_files'"
-
-
-def _plain(text: str) -> str:
-    """Without the characters that mean something to _arguments and _describe."""
-    return " ".join(text.translate({ord(c): " " for c in "[]:\\`$"}).split())
-
-
-def _zsh_quote(text: str) -> str:
-    return "'" + text.replace("'", "'\\''") + "'"

@@ -1,18 +1,78 @@
 # bash completion of enclos(1). Made by 'python -m enclos.runtime.settings --write' from the verbs' --help: change those.
 
+# The values of an option, the first argument, that go on from the second one: into COMPREPLY. Readline takes the part
+# behind the last : or = for the word, so only that is replied. Fails where nothing is known of the option.
+_enclos_values()
+{
+	local words="" list="" typed=$2 cut=""
+
+	case $1 in
+	--container-image)
+		words=$(enclos image ls 2>/dev/null | sed '1d; s/ .*//')
+		;;
+	--container-profile)
+		words=$(enclos profile ls 2>/dev/null | sed '1d; s/ .*//')
+		;;
+	--container-rdma)
+		words="auto none"
+		;;
+	--container-unshare)
+		words="net ipc uts"
+		;;
+	--container-limit)
+		words="memory= swap= cpu= cpuset= pids= io= hugetlb= rdma="
+		;;
+	--container-network)
+		words=$(enclos config show 2>/dev/null | sed -n 's/^step.networks *\[\(.*\)\].*/\1/p' | tr , ' ')
+		words=${words:-host job none}
+		;;
+	*)
+		return 1
+		;;
+	esac
+	case $1 in
+	--container-unshare|--container-limit)
+		[[ $typed == *,* ]] && list=${typed%,*},
+		;;
+	esac
+	mapfile -t COMPREPLY < <(compgen -P "$list" -W "$words" -- "${typed#"$list"}")
+	[[ $COMP_WORDBREAKS == *:* && $typed == *:* ]] && cut=${typed%:*}:
+	[[ $COMP_WORDBREAKS == *=* || $glued == no ]] || COMPREPLY=("${COMPREPLY[@]/#/"$1="}")
+	COMPREPLY=("${COMPREPLY[@]#"$cut"}")
+	[[ ${#COMPREPLY[@]} == 1 && ${COMPREPLY[0]} == *= ]] && compopt -o nospace 2>/dev/null
+	return 0
+}
+
+# The option whose value is being typed, and what there is of it, from what stands before the cursor; else nothing.
+_enclos_option()
+{
+	local typed=${COMP_LINE:0:COMP_POINT}
+	local token=${typed##*[[:space:]]} before=${typed%[[:space:]]*}
+
+	option="" value="" glued=no
+	if [[ $token == --*=* ]]; then
+		option=${token%%=*} value=${token#*=} glued=yes
+	else
+		before=${before%"${before##*[![:space:]]}"}
+		option=${before##*[[:space:]]} value=$token
+	fi
+}
+
 _enclos()
 {
-	local current=${COMP_WORDS[COMP_CWORD]} previous=${COMP_WORDS[COMP_CWORD - 1]} given="" words="" word
+	local given="" words="" word option value glued
 
-	for word in "${COMP_WORDS[@]:1:COMP_CWORD-1}"; do
-		[[ $word == -* ]] || given+="${given:+ }$word"
-	done
 	COMPREPLY=()
-	case $previous in
+	_enclos_option
+	_enclos_values "$option" "$value" && return
+	case $option in
 	--authfile|--container-cgroup|--container-device|--container-env|--container-image|--container-limit|--container-mounts|--container-name|--container-network|--container-profile|--container-rdma|--container-save|--container-unshare|--container-workdir|--count|--file|--gpus|--interval|--job|--reload|--unused|-n)
 		return
 		;;
 	esac
+	for word in "${COMP_WORDS[@]:1:COMP_CWORD-1}"; do
+		[[ $word == -* ]] || given+="${given:+ }$word"
+	done
 	case $given in
 	"profile validate"*)
 		words="--help $(enclos profile ls 2>/dev/null | sed '1d; s/ .*//')"
@@ -30,13 +90,13 @@ _enclos()
 		words="--help"
 		;;
 	"image inspect"*)
-		words="--help --json"
+		words="--help --json $(enclos image ls 2>/dev/null | sed '1d; s/ .*//')"
 		;;
 	"image resolve"*)
-		words="--help --json --registry --authfile"
+		words="--help --json --registry --authfile $(enclos image ls 2>/dev/null | sed '1d; s/ .*//')"
 		;;
 	"image export"*)
-		words="--help --json"
+		words="--help --json $(enclos image ls 2>/dev/null | sed '1d; s/ .*//')"
 		;;
 	"image import"*)
 		words="--help --json"
@@ -63,7 +123,7 @@ _enclos()
 		words="--help --json"
 		;;
 	"image rm"*)
-		words="--help --json"
+		words="--help --json $(enclos image ls 2>/dev/null | sed '1d; s/ .*//')"
 		;;
 	"image gc"*)
 		words="--help --json --unused"
@@ -81,13 +141,13 @@ _enclos()
 		words="pull ls inspect rm gc export import resolve"
 		;;
 	"shell"*)
-		words="--help"
+		words="--help $(enclos ps 2>/dev/null | sed '1d; s/ .*//')"
 		;;
 	"check"*)
 		words="--help --json"
 		;;
 	"exec"*)
-		words="--help"
+		words="--help $(enclos ps 2>/dev/null | sed '1d; s/ .*//')"
 		;;
 	"top"*)
 		words="--help --json --interval -n --count"
@@ -105,7 +165,8 @@ _enclos()
 		words="ps image exec shell top check gc rm render profile partition config --help --version --debug"
 		;;
 	esac
-	mapfile -t COMPREPLY < <(compgen -W "$words" -- "$current")
+	mapfile -t COMPREPLY < <(compgen -W "$words" -- "$value")
+	[[ $value == *:* ]] && COMPREPLY=("${COMPREPLY[@]#"${value%:*}:"}")
 }
 
 complete -o bashdefault -o default -F _enclos enclos

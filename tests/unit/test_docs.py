@@ -140,7 +140,9 @@ def test_what_is_installed_is_removed() -> None:
     assert pages | made | completion <= set(removal.split())
     recipe = (ROOT / "Makefile").read_text().split("\ninstall:")[1].split("\n\n")[0]
     installed = set(re.findall(r"\$\(prefix\)/((?:share|lib)/[\w/.-]+)", recipe))
-    assert installed == {"share/bash-completion/completions/enclos", "share/zsh/site-functions"}
+    slurms = "share/bash-completion/completions/"
+    assert installed == {f"{slurms}enclos", slurms, "share/zsh/site-functions"}
+    assert f"for f in srun sbatch salloc; do grep -l _enclos_srun {slurms}$f" in removal
 
 
 def manual(name: str) -> str:
