@@ -6,6 +6,7 @@ BIN := $(VENV)/bin
 SHIM := build/spank_enclos.so
 
 DESTDIR ?=
+PLUGIN ?= yes
 prefix ?= /usr/local
 sysconfdir ?= /etc
 unitdir ?= $(prefix)/lib/systemd/system
@@ -94,7 +95,16 @@ lint: build/.venv-stamp ## ruff and mypy --strict
 bench: all ## all benchmarks, as root; the report is in build/benchmarks
 	@$(BIN)/python -m benchmarks
 
-install: $(SHIM) ## install for a site: DESTDIR=, prefix=/usr/local, sysconfdir=/etc
+# Without Slurm there is nothing to build a plugin against: `make install PLUGIN=no`.
+ifeq ($(PLUGIN),no)
+INSTALLED := build/spank/environ
+build/spank/environ: $(SPANK_SOURCES)
+	$(MAKE) --no-print-directory -C spank $(abspath $@)
+else
+INSTALLED := $(SHIM)
+endif
+
+install: $(INSTALLED) ## install for a site: DESTDIR=, prefix=/usr/local, sysconfdir=/etc, PLUGIN=no without Slurm
 	install -d $(DESTDIR)$(prefix)/bin $(DESTDIR)$(libdir) $(DESTDIR)$(sysconfdir)/enclos $(DESTDIR)$(unitdir)
 	$(PYTHON) -m venv build/install-venv
 	build/install-venv/bin/pip install --quiet --disable-pip-version-check --upgrade --target $(DESTDIR)$(libdir)/python '.[fast]'
@@ -105,7 +115,8 @@ install: $(SHIM) ## install for a site: DESTDIR=, prefix=/usr/local, sysconfdir=
 	        '$(PYTHON)' '$(libdir)/python' "$${row#*:}" > "$$program"; \
 	    chmod 755 "$$program"; \
 	done
-	install -m 755 $(SHIM) build/slurm-command build/slurm-opened.so $(DESTDIR)$(libdir)/
+	install -m 755 build/spank/environ $(DESTDIR)$(libdir)/
+	test '$(PLUGIN)' = no || install -m 755 $(SHIM) build/slurm-command build/slurm-opened.so $(DESTDIR)$(libdir)/
 	test -e $(DESTDIR)$(sysconfdir)/enclos/enclos.yaml || install -m 644 conf/enclos.yaml $(DESTDIR)$(sysconfdir)/enclos/
 	sed 's|^ExecStart=.*|ExecStart=$(prefix)/bin/enclosd|' conf/enclosd.service > $(DESTDIR)$(unitdir)/enclosd.service
 	install -D -m 644 conf/completion/enclos.bash $(DESTDIR)$(prefix)/share/bash-completion/completions/enclos
@@ -118,7 +129,7 @@ install: $(SHIM) ## install for a site: DESTDIR=, prefix=/usr/local, sysconfdir=
 	done
 	install -D -m 644 -t $(DESTDIR)$(prefix)/share/zsh/site-functions conf/completion/_enclos
 	for page in docs/man/*.[1-8]; do install -D -m 644 -t $(DESTDIR)$(mandir)/man$${page##*.} "$$page"; done
-	@echo 'plugstack.conf: required $(libdir)/spank_enclos.so'
+	@test '$(PLUGIN)' = no || echo 'plugstack.conf: required $(libdir)/spank_enclos.so'
 
 clean: ## remove what was built; the virtual environment stays
 	rm -rf build runtime/linux/_linux*.so runtime/linux/_linux.c *.egg-info

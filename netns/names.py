@@ -15,6 +15,8 @@ from enclos.netns.facts import BlockTooSmall
 VNI_LIMIT = 1 << 24
 TENANT_VNIS = 1 << 23
 """Job networks are below, networks of users and accounts from here up to HOLDER_VNI - 1."""
+ALONE_VNI = 1
+"""Of a network that has no other node, and is in a namespace of its own with its tunnel."""
 HOLDER_VNI = VNI_LIMIT - 1
 """The devices that only hold the UDP port have this one."""
 INDEX_LIMIT = 1 << 16

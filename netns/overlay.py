@@ -17,10 +17,25 @@ from enclos.netns.hosts import hosts_lines
 from enclos.netns.names import birth_name, mac_bytes, namespace_number
 from enclos.netns.namespace import create_private, has_ipv6, new_namespace, session_in
 from enclos.netns.netlink import Netlink
-from enclos.netns.peers import network_batch
+from enclos.netns.peers import alone_batch, network_batch
 from enclos.netns.spec import OverlaySpec, Peer
 
-__all__ = ["OverlaySpec", "Peer", "create", "create_private", "hosts_lines", "remove", "remove_lost"]
+__all__ = [
+    "ALONE_MTU",
+    "OverlaySpec",
+    "Peer",
+    "create",
+    "create_alone",
+    "create_private",
+    "hosts_lines",
+    "remove",
+    "remove_lost",
+]
+
+
+ALONE_MTU = 1450
+"""Of a network without other nodes: what most have."""
+NOWHERE = b"\x7f\0\0\1"
 
 
 def create(spec: OverlaySpec) -> int:
@@ -51,6 +66,29 @@ def create(spec: OverlaySpec) -> int:
                 remove(netns_fd, birth_name(spec.vni))
                 remove(netns_fd, spec.ifname)
                 raise
+        except BaseException:
+            os.close(netns_fd)
+            raise
+    return netns_fd
+
+
+def create_alone(spec: OverlaySpec) -> int:
+    """The same for a network without other nodes: nothing of it is in the node's namespace, nor leaves its own.
+
+    Of the spec `local` and `underlay_ifindex` do not count. The device is there because programs look for an interface
+    that is not the loopback; its tunnel leads nowhere. It ends with the namespace.
+
+    Returns and raises as `create`.
+    """
+    netns_fd, inner = new_namespace()
+    with inner:
+        try:
+            name = birth_name(spec.vni)
+            batch = Batch()
+            request = link.create_vxlan(name, spec.vni, spec.port, NOWHERE, mac=mac_bytes(spec.vni, 0), mtu=spec.mtu)
+            batch.add(request, f"vxlan device {name}")
+            inner.run(batch)
+            inner.run(alone_batch(spec, link.get_link(inner, name).ifindex, has_ipv6()))
         except BaseException:
             os.close(netns_fd)
             raise

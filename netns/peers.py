@@ -41,16 +41,32 @@ def network_batch(spec: OverlaySpec, index: int, with_ipv6: bool = True) -> Batc
     return batch
 
 
+def alone_batch(spec: OverlaySpec, index: int, with_ipv6: bool = True) -> Batch:
+    """The same where there is no other node, and no underlay."""
+    batch = Batch()
+    batch.add(link.set_up(LOOPBACK_INDEX), "loopback")
+    if with_ipv6:
+        batch.add(link.without_link_local(index), spec.ifname)
+    batch.add(link.set_up(index, spec.ifname), spec.ifname)
+    overlay_addresses(batch, spec, index, with_ipv6)
+    return batch
+
+
 def own_addresses(batch: Batch, spec: OverlaySpec, index: int, with_ipv6: bool) -> None:
     """This node's overlay addresses, and its underlay one: scripts carry `hostname -i` of the host."""
+    overlay_addresses(batch, spec, index, with_ipv6)
+    local = pack_address(spec.local)
+    batch.add(link.add_address(index, local, len(local) * 8), spec.local)
+
+
+def overlay_addresses(batch: Batch, spec: OverlaySpec, index: int, with_ipv6: bool) -> None:
+    """In both families."""
     plan = spec.plan
     ipv4 = plan.ipv4_int(spec.index).to_bytes(4, "big")
     batch.add(link.add_address(index, ipv4, plan.prefix4), plan.ipv4(spec.index))
     if with_ipv6:
         ipv6 = plan.ipv6_int(spec.index).to_bytes(16, "big")
         batch.add(link.add_address(index, ipv6, plan.prefix6), plan.ipv6(spec.index))
-    local = pack_address(spec.local)
-    batch.add(link.add_address(index, local, len(local) * 8), spec.local)
 
 
 def forwarding(

@@ -17,6 +17,7 @@ from enclos.runtime.agent import Agent
 from enclos.runtime.errors import EnclosError
 from enclos.runtime.images.served import ServedImage
 from enclos.runtime.members import Identity, members, open_ancestor, open_if
+from enclos.runtime.request import RUN_JOB
 from enclos.runtime.steps import AdoptedStep, start_time
 
 DAMAGED = (KeyError, TypeError, ValueError, AttributeError)
@@ -79,7 +80,7 @@ def _adopt_step(
     record |= {"job": job, "step": int(record["step"]), "network": network, "started": started}
     found = _find(wanted | ({"net": netns} if netns is not None else {}))
     net_fd = found.pop("net", -1)
-    if net_fd >= 0 and network == "job" and job not in networks:
+    if net_fd >= 0 and network == "job" and job not in networks and job != RUN_JOB:
         networks[job] = os.dup(net_fd)
     return AdoptedStep(agent.around, record, _stepd(record), found, net_fd, _served(record, served))
 
@@ -102,7 +103,8 @@ def _stepd(record: dict[str, Any]) -> int:
     """The pidfd of the step's slurmstepd, or of a process that has ended."""
     pid = record["stepd"]
     try:
-        fd = stepd.open_stepd(pid)
+        # Of a run it is by now its user's.
+        fd = os.pidfd_open(pid) if record["job"] == RUN_JOB else stepd.open_stepd(pid)
         if start_time(pid) == record["stepd_start"]:
             return fd
         os.close(fd)

@@ -15,7 +15,7 @@ import socket
 import time
 from typing import Any
 
-from enclos.runtime import errors, protocol, request, sessions, stepd
+from enclos.runtime import errors, protocol, request, runs, sessions, stepd
 from enclos.runtime.building import NodeStep
 from enclos.runtime.connection import Connection
 from enclos.runtime.controller import JobFacts
@@ -52,7 +52,8 @@ DESCRIPTOR_ORDER = ("net", "user", "mnt", "ipc", "uts", "seccomp", "entrypoint",
 class Agent:
     """Everything that the node's daemon knows."""
 
-    def __init__(self, around: Surroundings, config_path: str) -> None:
+    def __init__(self, around: Surroundings, config_path: str, slurm: str) -> None:
+        """`slurm` is what shows that this machine is a node of Slurm's, or ""."""
         self.around = around
         self._config_path = config_path
         self._started = time.time()
@@ -62,6 +63,7 @@ class Agent:
         self._spare_order: asyncio.TimerHandle | None = None
         self._prefetch = Prefetch(around)
         self._sessions = sessions.Sessions(around)
+        self._runs = runs.Runs(around, self._steps, slurm)
         around.named.find_step = lambda job, step: self._steps.get((job, step))
 
     # --- the shim ---------------------------------------------------------------------------------------------
@@ -100,10 +102,11 @@ class Agent:
                     return _joined(await self._join(message, connection))
                 case "exit":
                     return [("status", "ok"), *await self._task_exited(message, connection)], []
-                case "ps" | "status" | "gc" | "rm":
+                case "ps" | "status" | "gc" | "rm" | "news":
                     return await self._answer_user(message, 0), []
-                case "exec":
-                    reply, fds = await self._enter(message, 0)
+                case "exec" | "run" as verb:
+                    caller = _caller(connection) if verb == "run" else None
+                    reply, fds = await self._enter(message, 0, caller)
                     if fds:
                         # The reply is sent before the event loop does anything else.
                         asyncio.get_running_loop().call_soon(os.close, fds[0])
@@ -127,6 +130,7 @@ class Agent:
 
     async def _learn(self, message: protocol.Message) -> None:
         leader = message.get("leader")
+        self._runs.slurm = self._runs.slurm or "a job's prolog"
         job = JobFacts(
             message.number("job"),
             message.number("uid"),
@@ -164,6 +168,8 @@ class Agent:
     async def _joined_step(self, message: protocol.Message, connection: Connection) -> tuple[Step, JoinReply]:
         """A step whose PREPARE went to an agent before this one is made now."""
         stepd_pid = _stepd_pid(message, connection, is_task=True)
+        if message.number("job") == request.RUN_JOB and stepd_pid != connection.peer()[0]:
+            raise errors.bad_request(f"stepd={stepd_pid} is another process")
         step = self._steps.get((message.number("job"), message.number("step")))
         if step is not None and step.joined and step.record["stepd"] == stepd_pid:
             # Of up to hundreds of tasks, only the first one's request is read.
@@ -182,9 +188,15 @@ class Agent:
         """Register a step, its life tied to its slurmstepd.
 
         Raises:
-            EnclosError: bad_request, when the pid is not that of a slurmstepd of root's.
+            EnclosError: bad_request, when the pid is not that of a slurmstepd of root's; agent_restarted, for a run
+                that an agent before this one began.
         """
-        stepd_pidfd = stepd.open_stepd(wanted.stepd)
+        if wanted.is_run:
+            if not self._runs.expects(wanted.step, wanted.stepd):
+                raise errors.agent_restarted()
+            stepd_pidfd = stepd.open_runner(wanted.stepd)
+        else:
+            stepd_pidfd = stepd.open_stepd(wanted.stepd)
         try:
             step = NodeStep(self.around, wanted, stepd_pidfd)
         except OSError as error:  # It has ended since.
@@ -260,8 +272,8 @@ class Agent:
                 named = [("id", ident), ("version", str(protocol.VERSION)), *fields]
                 return await desk.channel.deliver(named, fds)
 
-        async def enter(ident: str, asked: protocol.Message, uid: int) -> bool:
-            fields, fds = await self._enter(asked, uid)
+        async def enter(ident: str, asked: protocol.Message, uid: int, caller: runs.Caller | None) -> bool:
+            fields, fds = await self._enter(asked, uid, caller)
             try:
                 return await reply(ident, fields, fds)
             finally:
@@ -273,11 +285,12 @@ class Agent:
                 with await desk.receive() as message:
                     fields = message.values.items()
                     ident, uid = message.get("id"), message.number("uid")
+                    caller = _visitor(message, uid)
                     asked = {key[len(PREFIX) :]: values for key, values in fields if key.startswith(PREFIX)}
                 question = protocol.Message(asked)
-                if question.get("verb") == "exec":
+                if question.get("verb") in ("exec", "run"):
                     # The user may make it last (he can stop the process that enters): nobody else waits.
-                    task = asyncio.create_task(enter(ident, question, uid))
+                    task = asyncio.create_task(enter(ident, question, uid, caller))
                     entering.add(task)
                     task.add_done_callback(entering.discard)
                 elif not await reply(ident, await self._answer_user(question, uid), []):
@@ -288,10 +301,18 @@ class Agent:
             for task in entering:
                 task.cancel()
 
-    async def _enter(self, message: protocol.Message, uid: int) -> tuple[list[tuple[str, str]], list[int]]:
-        """A process in a container of the user's (of anybody's for root): its socket, which the caller closes."""
+    async def _enter(
+        self, message: protocol.Message, uid: int, caller: runs.Caller | None
+    ) -> tuple[list[tuple[str, str]], list[int]]:
+        """A process in a container of the user's (of anybody's for root): its socket, which the caller closes.
+
+        With `caller`, in one that is made now.
+        """
         try:
             _check_version(message)
+            if caller is not None:
+                number, fd = await self._runs.start(caller)
+                return [("status", "ok"), ("step", request.step_name(request.RUN_JOB, number))], [fd]
             step = sessions.find(self._steps, uid, message)
             return [("status", "ok"), ("step", step.name)], [await self._sessions.enter(step, uid)]
         except errors.EnclosError as error:
@@ -299,7 +320,7 @@ class Agent:
         except (protocol.ProtocolError, ValueError) as error:
             return self._refusal(errors.bad_request(str(error))), []
         except Exception:
-            log.exception("exec failed")
+            log.exception("%s failed", message.get("verb"))
             return self._refusal(errors.build_failed("(see the agent's log)", 0)), []
 
     async def _answer_user(self, message: protocol.Message, uid: int) -> list[tuple[str, str]]:
@@ -308,6 +329,8 @@ class Agent:
             match message.get("verb"):
                 case "ps":
                     return [("status", "ok"), *self._page(uid, message.get("after"))]
+                case "news":
+                    return [("status", "ok"), *self._news(uid, message.number("step"))]
                 case "status":
                     return [("status", "ok"), ("json", json.dumps(self._describe()))]
                 case "gc" if uid == 0:
@@ -322,6 +345,13 @@ class Agent:
             return self._refusal(error)
         except (protocol.ProtocolError, ValueError) as error:
             return self._refusal(errors.bad_request(str(error)))
+
+    def _news(self, uid: int, number: int) -> list[tuple[str, str]]:
+        """Which limits a run of the user's has met: told once, as to the tasks of a step."""
+        step = self._steps.get((request.RUN_JOB, number))
+        if step is None or step.uid != uid:
+            return []
+        return [("notice", error.line(self.around.node)) for error in step.limit_news()]
 
     async def _remove_named(self, uid: int, name: str) -> int:
         """In the time that a visitor is given: what takes longer goes on, and he may ask again."""
@@ -367,7 +397,23 @@ class Agent:
             "config": self._config_path,
             "steps": len(self._steps),
             "rdma": self.around.devices.holdings.describe(),
+            "slurm": self._runs.slurm,
+            "run": self._runs.allowed,
         }
+
+
+def _caller(connection: Connection) -> runs.Caller:
+    """Root, who asks the agent itself."""
+    pid, uid, gid = connection.peer()
+    return runs.Caller(pid, uid, gid, connection.peer_groups())
+
+
+def _visitor(message: protocol.Message, uid: int) -> runs.Caller | None:
+    """A user who asks for a run, as the process that serves users knows him."""
+    if not message.get("pid"):
+        return None
+    groups = tuple(int(group) for group in message.get("groups").split(",") if group)
+    return runs.Caller(message.number("pid"), uid, message.number("gid"), groups)
 
 
 def _send_progress(connection: Connection, text: str) -> None:

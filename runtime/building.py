@@ -40,7 +40,7 @@ from enclos.runtime.images.layout import ImageRecord
 from enclos.runtime.images.reference import BadReference, NoRegistry
 from enclos.runtime.images.reference import parse as parse_reference
 from enclos.runtime.images.served import ServedImage
-from enclos.runtime.jobs import word
+from enclos.runtime.jobs import JobNetwork, word
 from enclos.runtime.members import identity
 from enclos.runtime.named import Turn
 from enclos.runtime.outside import Outside
@@ -94,6 +94,7 @@ class NodeStep(Step):
         self._limits: StepLimits | None = None
         self.container: Container | None = None
         self._net_fd = -1
+        self._alone: JobNetwork | None = None
         self._seccomp_fd = -1
         self._entrypoint_fd = -1
         self._commands = ""
@@ -300,7 +301,9 @@ class NodeStep(Step):
         try:
             slurm = await _slurm_client() if decision.slurm else None
             self._commands = os.path.dirname(slurm.commands[0][0]) if slurm else ""
-            asker = Asker(self.record_name, decision.network, lambda: self._place(network))
+            # Devices move into networks of jobs; a run's is nobody's.
+            kind = "none" if self.request.is_run and decision.network == "job" else decision.network
+            asker = Asker(self.record_name, kind, lambda: self._place(network))
             devices = await self._around.devices.select(self.request, asker)
             cgroup_path, leader = self.record["cgroup"], self._het_leader()
             own_mounts = self._outside.fd >= 0
@@ -365,7 +368,6 @@ class NodeStep(Step):
         if other.network_namespace() >= 0:
             self._net_fd = os.dup(other.network_namespace())
         self.record |= {key: other.record[key] for key in ("image", "devices", "gpus")}
-        self.record["cgroup"] = cgroup.step_cgroup(self.request.stepd)
         self.container = self._new_container(other)
         self.container.gpus = list(other.record["gpus"])
         self._write_record()
@@ -406,16 +408,20 @@ class NodeStep(Step):
 
     async def _decide(self) -> policy.Decision:
         config = self._around.config
-        if not policy.asks_for_job(config):
+        if self.request.is_run or not policy.asks_for_job(config):
             return policy.decide(self.request, config)
         job = await self._around.jobs.facts_of(self.request.job, self.request.uid)
         return policy.decide(self.request, config, job.partition, job.account)
+
+    def _slurms_cgroup(self) -> str:
+        """Where Slurm keeps the step's tasks; a run stays where its command is."""
+        return "" if self.request.is_run else cgroup.step_cgroup(self.request.stepd)
 
     def _prepare_limits(self, decision: policy.Decision) -> StepLimits:
         """Find the step's cgroup; where Slurm has none and there are limits to set, make one, recorded before."""
         limits = StepLimits(decision)
         limits.check()
-        self.record["cgroup"] = cgroup.step_cgroup(self.request.stepd)
+        self.record["cgroup"] = self._slurms_cgroup()
         if decision.delegate and not (self.record["cgroup"] and self.record["keeper"]):
             raise errors.delegate_without_slurm()
         if limits.needed and not self.record["cgroup"]:
@@ -436,7 +442,10 @@ class NodeStep(Step):
         net_fd = await network
         if self.network != "job":
             return [net_fd]
-        made = await self._around.jobs.network(self.request.job, self.request.uid)
+        if self._alone is not None:
+            made = self._alone
+        else:
+            made = await self._around.jobs.network(self.request.job, self.request.uid)
         self.addresses = made.own
         return [net_fd, made.hosts_fd]
 
@@ -446,7 +455,10 @@ class NodeStep(Step):
         The job's is copied: its epilog may close it while this step is still there, and then another job's
         namespace may get the number.
         """
-        if kind == "job":
+        if kind == "job" and self.request.is_run:
+            self._alone = self._around.jobs.alone()
+            self._net_fd = os.dup(self._alone.netns_fd)
+        elif kind == "job":
             made = await self._around.jobs.network(self.request.job, self.request.uid)
             self._net_fd, self.record["vni"] = os.dup(made.netns_fd), made.vni
         elif kind == "none":
@@ -529,7 +541,8 @@ class NodeStep(Step):
     async def _build_late(self) -> None:
         """What can only be done now: Slurm has made its directories and started its PMIx server."""
         assert self.container is not None and self._decision is not None and self._limits is not None
-        self.record["limits"] = self._limits.apply(self.record["cgroup"])
+        within = cgroup.place_of(self.request.stepd) if self.request.is_run and self._limits.needed else ""
+        self.record["limits"] = self._limits.apply(self.record["cgroup"], within)
         starting = self._start_relay()
         request = self.request
         try:
@@ -556,7 +569,7 @@ class NodeStep(Step):
 
         The targets are sockets that slurmstepd itself listens on, never what the environment names.
         """
-        if self._net_fd < 0 or self._relay is not None:
+        if self._net_fd < 0 or self._relay is not None or self.request.is_run:
             return None
         server_directory, *_ = plan.slurm_directories(self.request, self._het_leader())
         if not os.path.isdir(server_directory):
@@ -599,6 +612,7 @@ class NodeStep(Step):
             fields.append(("set", f"HOME={plan.ROOT_HOME}"))
         fields += self._environment()
         fields += self._entrypoint(fds)
+        fields += [("command", word) for word in self.container.command]
         notices = (*self._notices, *self.container.warnings)
         fields += [("notice", errors.printable(text[:NOTICE_CHARACTERS])) for text in notices]
         return JoinReply(fields, fds)
@@ -676,6 +690,9 @@ class NodeStep(Step):
             if fd >= 0:
                 os.close(fd)
         self._entrypoint_fd = self._seccomp_fd = self._net_fd = -1
+        if self._alone is not None:
+            self._alone.close()
+            self._alone = None
         if self.network != "job":
             self._drop_relay()
         if self._turn is not None:

@@ -121,12 +121,25 @@ def _chain(directory: str) -> Iterator[str]:
 # ---------------------------------------------------------------- limits
 
 
-def tighten(directory: str, wanted: Iterable[Limit], site: Iterable[Limit]) -> list[Limit]:
+def held(directory: str) -> list[Limit]:
+    """What holds a process in a cgroup, from there up to the root, as limits to be set on another one."""
+    found = []
+    for file in ("memory.max", "memory.swap.max", "pids.max", "cpu.max"):
+        if (value := granted(directory, file)) != UNLIMITED:
+            found.append(Limit(file, "", int(value), value_text(file, value)))
+    cpus = granted_cpus(directory)
+    if cpus and cpus != granted_cpus(MOUNT_POINT):
+        found.append(Limit("cpuset.cpus", "", 0, cpu_text(cpus), cpus))
+    return found
+
+
+def tighten(directory: str, wanted: Iterable[Limit], site: Iterable[Limit], within: str = "") -> list[Limit]:
     """Set limits on a step's cgroup, after a look at what Slurm has set there and above.
 
     Args:
         wanted: the user's: one above what is granted is an error.
         site: the site's: one above what is granted has no effect.
+        within: what a wanted limit is compared with, instead of the step's own cgroup.
 
     Returns:
         Those that were set.
@@ -137,8 +150,8 @@ def tighten(directory: str, wanted: Iterable[Limit], site: Iterable[Limit]) -> l
     made = []
     for limit in wanted:
         _enable_for(directory, limit)
-        if _exceeds(directory, limit):
-            raise Refused(limit, "above", _shown(directory, limit))
+        if _exceeds(within or directory, limit):
+            raise Refused(limit, "above", _shown(within or directory, limit))
         _set(directory, limit)
         made.append(limit)
     for limit in site:
@@ -304,6 +317,47 @@ def create(directory: str) -> None:
 def enter(directory: str, pid: int) -> None:
     """Put a process there. What it forks is there, too; raises OSError."""
     write(f"{directory}/cgroup.procs", str(pid))
+
+
+def place_of(pid: int) -> str:
+    """Directory of the cgroup v2 in which a process is; "" where the node has no such tree. OSError when it is gone."""
+    if not is_cgroup2():
+        return ""
+    found = [directory for names, directory in _directories(_memberships(pid)) if not names]
+    return found[0] if found else ""
+
+
+def follow(pid: int) -> None:
+    """Enter the cgroups in which another process is, of every hierarchy that is mounted.
+
+    Raises OSError: the kernel does not let this one in, or the other has ended.
+    """
+    own = _memberships("self")
+    for _, directory in _directories([entry for entry in _memberships(pid) if entry not in own]):
+        enter(directory, os.getpid())
+
+
+def _memberships(pid: int | str) -> list[tuple[str, str]]:
+    """(controllers, path) in each hierarchy, see cgroups(7); version 2 has no controllers there."""
+    with open(f"/proc/{pid}/cgroup") as file:
+        rows = [line.split(":", 2) for line in file.read().splitlines()]
+    return [(names, path) for _, names, path in rows]
+
+
+def _directories(memberships: Iterable[tuple[str, str]]) -> Iterator[tuple[str, str]]:
+    """(controllers, directory) of those that are mounted. What lies above a mount's root is out of reach."""
+    with open("/proc/self/mountinfo") as file:
+        rows = [line.split() for line in file]
+    rows = [row for row in rows if row[-3] in ("cgroup", "cgroup2")]
+    mounted = [(row[3].rstrip("/"), row[4], row[-3], row[-1].split(",")) for row in rows]
+    for names, path in memberships:
+        wanted = set(names.split(",")) if names else set()
+        kind = "cgroup" if names else "cgroup2"
+        for root, place, fstype, options in mounted:
+            below = path[len(root) :]
+            if fstype == kind and wanted <= set(options) and path.startswith(root) and "/.." not in below:
+                yield names, place + below.rstrip("/")
+                break
 
 
 def place_for_more(directory: str) -> str | None:

@@ -10,7 +10,9 @@ import select
 import socket
 from collections.abc import Sequence
 
-from enclos.runtime import protocol
+from enclos.runtime import linux, protocol
+
+MOST_GROUPS = 1024
 
 
 class Connection:
@@ -68,6 +70,10 @@ class Connection:
     def peer(self) -> tuple[int, int, int]:
         """(pid, uid, gid) of the peer at the time it connected."""
         return protocol.peer_credentials(self._socket)
+
+    def peer_groups(self) -> tuple[int, ...]:
+        """The peer's supplementary groups at the time it connected; OSError where they are very many."""
+        return tuple(linux.peer_groups(self._socket.fileno(), MOST_GROUPS))
 
     def close(self) -> None:
         self._socket.close()

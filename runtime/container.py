@@ -41,6 +41,7 @@ class Container:
         self.namespaces: dict[str, int] = {}
         self.environment: list[str] = []
         self.entrypoint: list[str] = []
+        self.command: list[str] = []
         self.workdir = ""
         self.devices: list[str] = []
         self.device_environment: list[str] = []
@@ -229,6 +230,7 @@ class Container:
     def _take_results(self, message: Message) -> None:
         self.environment += message.all("env")
         self.entrypoint += message.all("entrypoint")
+        self.command += message.all("command")
         self.workdir = message.get("workdir", self.workdir)
         self.devices += message.all("device")
         self.device_environment += message.all("device_env")

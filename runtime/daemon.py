@@ -19,7 +19,7 @@ import sys
 from collections.abc import Awaitable, Callable
 
 from enclos.netns import facts, guard, underlay
-from enclos.runtime import adoption, cgroup, config, errors, linux, protocol
+from enclos.runtime import adoption, cgroup, config, errors, linux, presence, protocol
 from enclos.runtime.agent import Agent
 from enclos.runtime.connection import Connection, wait_readable
 from enclos.runtime.devices.holdings import Holdings
@@ -98,14 +98,16 @@ async def run(config_path: str, node: str) -> None:
     logging.getLogger().setLevel(loaded.config.log.level.upper())
     images_directory, stage = _make_directories()
     journal = Journal(f"{RUN_DIRECTORY}/journal")
-    gate, found = _raise_guard(node, loaded.config)
+    slurm = presence.of_slurm(journal)
+    gate, found = _raise_guard(node, loaded.config) if slurm else (None, None)
     named = _named_containers(loaded.config, node_mounts_fd, spawner)
     jobs = Jobs(node, loaded.config, journal, spawner, gate, found, named)
     images = MountedImages(images_directory, loaded.config.images.idle_seconds)
-    devices = NodeDevices(node, loaded.config, Holdings(loaded.config, journal, found.ifindex))
+    devices = NodeDevices(node, loaded.config, Holdings(loaded.config, journal, found.ifindex if found else 0))
     imports = _open_cache(loaded.config, spawner)
     around = Surroundings(node, loaded.config, stage, journal, spawner, images, imports, jobs, devices, named)
-    agent = Agent(around, loaded.path)
+    agent = Agent(around, loaded.path, slurm)
+    log.info("a node of Slurm's (%s)" if slurm else "no node of Slurm's%s", slurm)
     adoption.adopt(agent)
     if loaded.config.step.spare_builder:
         spawner.keep_spare()
@@ -195,7 +197,7 @@ def _raise_guard(node: str, settings: Config) -> tuple[guard.Guard, underlay.Und
     return gate, found
 
 
-async def _serve(agent: Agent, gate: guard.Guard) -> None:
+async def _serve(agent: Agent, gate: guard.Guard | None) -> None:
     """Accept connections until a signal says stop."""
     loop = asyncio.get_running_loop()
     stop = asyncio.Event()
@@ -205,9 +207,10 @@ async def _serve(agent: Agent, gate: guard.Guard) -> None:
         background = [
             asyncio.create_task(_accept(shim_socket, agent.serve_shim)),
             asyncio.create_task(agent.serve_visitors(user_socket)),
-            asyncio.create_task(_mend_guard(gate)),
             asyncio.create_task(_reconcile(agent)),
         ]
+        if gate is not None:
+            background.append(asyncio.create_task(_mend_guard(gate)))
         # What exists now stays: the collector need not look at it again.
         gc.collect()
         gc.freeze()

@@ -1,9 +1,10 @@
-"""A program in a container that runs, for `enclos exec`: a fork of the zygote that enters it and starts the program.
+"""A program in a container, for `enclos exec`: a fork of the zygote that enters it and starts the program.
 
 It gives up what it is in the order of a task's (spank/join.c): as root the limits, cgroup and network, then the user's
 ids, then the namespaces and capabilities. Only then does it make the socket over which the user's command passes its
 descriptors: nobody but this process, the user's own by now, ever holds or closes them. It outlives the agent, ends with
-its program, and is ended as the program is, with the step.
+its program, and is ended as the program is, with the step. What `enclos run` has in common with it is here as well
+(running.py).
 """
 
 from __future__ import annotations
@@ -16,9 +17,9 @@ import select
 import signal
 import socket
 import termios
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NoReturn
 
 from enclos.runtime import cgroup, errors, linux, protocol
@@ -40,18 +41,20 @@ FILTER_BYTES = 4096 * 8
 STANDARD = 3
 DEFAULT_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 NOT_FOUND, NOT_RUN = 127, 126
-LIMITS = [getattr(resource, name) for name in sorted(dir(resource)) if name.startswith("RLIMIT_")]
-FORWARDED = (signal.SIGHUP, signal.SIGINT, signal.SIGQUIT, signal.SIGTERM)
+LIMIT_NAME_BYTES = 26
+FORWARDED = (signal.SIGHUP, signal.SIGINT, signal.SIGQUIT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 
 
 @dataclass(slots=True)
-class _Program:
+class Program:
     """What the command asks for."""
 
     arguments: list[str]
     variables: dict[str, str]
     fds: list[int]
     controls_terminal: bool
+    # Further descriptors, by the numbers that they get.
+    places: dict[int, int] = field(default_factory=dict)
 
 
 def run(channel: socket.socket, request: Message) -> int:
@@ -68,7 +71,7 @@ def run(channel: socket.socket, request: Message) -> int:
         what = error.filename or error.strerror or ""
         protocol.send(channel, [("state", "error"), ("cause", f"{what}: {errors.reason(error.errno or 0)}")])
         return 1
-    if _has_ended(stepd_fd):
+    if has_ended(stepd_fd):
         return 1  # Perhaps the container was swept before this process was in it.
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     with ours:
@@ -77,14 +80,19 @@ def run(channel: socket.socket, request: Message) -> int:
         channel.close()
         ours.settimeout(PATIENCE_SECONDS)
         try:
-            program = _receive(ours, request)
+            program = receive_program(ours, request.values)
         except (OSError, protocol.ProtocolError):
             return 1
-        _Session(ours, stepd_fd).run(program)
+        if not program.arguments:
+            return 1
+        outcome = Session(ours, stepd_fd).run(program)
+        if outcome:
+            with suppress(OSError):
+                protocol.send(ours, outcome)
     return 0
 
 
-def _has_ended(pidfd: int) -> bool:
+def has_ended(pidfd: int) -> bool:
     poll = select.poll()
     poll.register(pidfd, select.POLLIN)
     return bool(poll.poll(0))
@@ -95,15 +103,34 @@ def _has_ended(pidfd: int) -> bool:
 
 def _enter(request: Message, fds: dict[str, int]) -> None:
     """Raises OSError where the kernel refuses anything of it."""
+    stepd_pid = request.number("stepd")
+    take_limits(stepd_pid)
+    with open("/proc/self/oom_score_adj", "w") as file:
+        file.write("0")
+    if request.get("follow"):
+        cgroup.follow(stepd_pid)
+    elif directory := request.get("cgroup"):
+        cgroup.enter(directory, os.getpid())
+    groups = [int(group) for group in request.all("group")]
+    become_task((request.number("uid"), request.number("gid"), groups), fds, request)
+
+
+def become_task(ids: tuple[int, int, Sequence[int]], fds: dict[str, int], told: Message) -> None:
+    """Enter a container and give up, for good, what its user must not have; root does it, in the order of a task's.
+
+    Args:
+        ids: uid, gid and supplementary groups.
+        fds: the container's namespaces by their names, and perhaps `seccomp`; all of them are closed.
+        told: `keep_caps` and `workdir`, as the agent says them to a task.
+
+    Raises:
+        OSError: the kernel refuses anything of it; `filename` or `strerror` says what.
+    """
     filter_fd = fds.pop("seccomp", -1)
     program = os.pread(filter_fd, FILTER_BYTES, 0) if filter_fd >= 0 else b""
-    _take_limits(request.number("stepd"))
-    if directory := request.get("cgroup"):
-        cgroup.enter(directory, os.getpid())
     if "net" in fds:
         linux.setns(fds["net"], linux.CLONE_NEWNET)
-    groups = [int(group) for group in request.all("group")]
-    linux.keep_capabilities_and_become(request.number("uid"), request.number("gid"), groups, 0)
+    linux.keep_capabilities_and_become(*ids, 0)
     linux.set_dumpable(False)
     forbid_imports()
     for name, kind in NAMESPACES.items():
@@ -114,7 +141,7 @@ def _enter(request: Message, fds: dict[str, int]) -> None:
     for fd in (*fds.values(), filter_fd):
         if fd >= 0:
             os.close(fd)
-    _confine(int(request.get("keep_caps") or "0", 16), request.get("workdir") or "/", program)
+    _confine(int(told.get("keep_caps") or "0", 16), told.get("workdir") or "/", program)
 
 
 def _unshare_cgroup() -> None:
@@ -137,31 +164,39 @@ def _confine(keep: int, workdir: str, program: bytes) -> None:
         linux.install_seccomp_filter(program)
 
 
-def _take_limits(stepd_pid: int) -> None:
-    """The step's resource limits instead of the agent's, which are far above a user's; no shelter from the OOM killer.
+def take_limits(pid: int) -> None:
+    """Another process' resource limits instead of the agent's, which are far above a user's.
 
-    slurmstepd's own are the bounds of what its tasks may have.
+    slurmstepd's own are the bounds of what its tasks may have. The agent's shelter from the OOM killer is not among
+    them: /proc/self/oom_score_adj.
+
+    Read from a file: prlimit(2) wants a capability for another user's process that root in a container may lack.
     """
-    for limit in LIMITS:
-        with suppress(ValueError):  # Not of this kernel.
-            resource.setrlimit(limit, resource.prlimit(stepd_pid, limit))
-    with open("/proc/self/oom_score_adj", "w") as file:
-        file.write("0")
+    with open(f"/proc/{pid}/limits") as file:
+        rows = file.read().splitlines()[1:]
+    # In the order of their numbers (fs/proc/base.c, lnames).
+    for number, row in enumerate(rows):
+        soft, hard = (-1 if word == "unlimited" else int(word) for word in row[LIMIT_NAME_BYTES:].split()[:2])
+        resource.setrlimit(number, (soft, hard))
 
 
 # ---------------------------------------------------------------- the program
 
 
-def _receive(connection: socket.socket, request: Message) -> _Program:
-    """The command's packet; raises ProtocolError or OSError, also when none comes in time."""
+def receive_program(connection: socket.socket, changes: Mapping[str, Sequence[str]]) -> Program:
+    """The command's packet; raises ProtocolError or OSError, also when none comes in time.
+
+    Args:
+        changes: `set`, `default` and `unset` of the container's variables, as the agent says them to a task.
+    """
     message = protocol.receive(connection)
     if message is None:
         raise protocol.ProtocolError("the command has gone")
     arguments, fds = message.all("arg"), message.take_fds()
-    if not arguments or len(fds) != STANDARD:
+    if len(fds) != STANDARD:
         raise protocol.ProtocolError("no program")
     variables = dict(entry.split("=", 1) for entry in message.all("env") if "=" in entry)
-    for key, values in request.values.items():
+    for key, values in changes.items():
         for text in values:
             name, _, value = text.partition("=")
             if key == "set":
@@ -170,23 +205,23 @@ def _receive(connection: socket.socket, request: Message) -> _Program:
                 variables.setdefault(name, value)
             elif key == "unset":
                 variables.pop(name, None)
-    return _Program(arguments, variables, fds, message.get("terminal") == "1")
+    return Program(arguments, variables, fds, message.get("terminal") == "1")
 
 
-class _Session:
+class Session:
     """One program and the command that waits for it."""
 
     def __init__(self, connection: socket.socket, stepd_fd: int) -> None:
         self._connection = connection
         self._stepd_fd = stepd_fd
 
-    def run(self, program: _Program) -> None:
-        """Start it, pass the command's signals on, and say how it ended."""
+    def run(self, program: Program) -> protocol.Fields | None:
+        """Start it, pass the command's signals on, and return how it ended; None when it went with its step."""
         refused_fd, refuses_fd = os.pipe2(os.O_CLOEXEC)
         pid = os.fork()
         if pid == 0:
             _start(program, refuses_fd)
-        for fd in (refuses_fd, *program.fds):
+        for fd in (refuses_fd, *program.fds, *program.places.values()):
             os.close(fd)
         with open(refused_fd, "rb") as refused:
             number = refused.read(16)
@@ -194,13 +229,13 @@ class _Session:
         if not number:
             self._attend(pid, pidfd)
         _, status = os.waitpid(pid, 0)
-        if _has_ended(self._stepd_fd):
-            return  # Of a program that was swept away with its step, its own status says nothing.
-        fields = [("exit", str(_exit_status(status)))]
+        os.close(pidfd)
+        if has_ended(self._stepd_fd):
+            return None  # Of a program that was swept away with its step, its own status says nothing.
+        fields = [("exit", str(exit_status(status)))]
         if number:
             fields.append(("errno", number.decode()))
-        with suppress(OSError):
-            protocol.send(self._connection, fields)
+        return fields
 
     def _attend(self, pid: int, pidfd: int) -> None:
         """Until the program has ended. It is not reaped meanwhile: its number stays its own."""
@@ -242,14 +277,14 @@ def _end(pid: int, pidfd: int) -> None:
     os.killpg(pid, signal.SIGKILL)
 
 
-def _start(program: _Program, refuses_fd: int) -> NoReturn:
+def _start(program: Program, refuses_fd: int) -> NoReturn:
     """In the fork: become the program."""
     number = errno.EINVAL
     try:
         # With it dies the program, should its user kill the process that waits for it.
         linux.set_parent_death_signal(signal.SIGKILL)
         os.setsid()
-        for place, fd in enumerate(program.fds):
+        for place, fd in (*enumerate(program.fds), *program.places.items()):
             os.dup2(fd, place)
         if program.controls_terminal:
             fcntl.ioctl(0, termios.TIOCSCTTY, 0)
@@ -264,7 +299,7 @@ def _start(program: _Program, refuses_fd: int) -> NoReturn:
         os._exit(NOT_FOUND if number in (errno.ENOENT, errno.ENOTDIR) else NOT_RUN)
 
 
-def _exec(program: _Program) -> int:
+def _exec(program: Program) -> int:
     """Look for the program along PATH, as execvp(3) does; returns the errno of why it does not run."""
     name = program.arguments[0]
     path = program.variables.get("PATH") or DEFAULT_PATH
@@ -279,6 +314,6 @@ def _exec(program: _Program) -> int:
     return number
 
 
-def _exit_status(status: int) -> int:
+def exit_status(status: int) -> int:
     code = os.waitstatus_to_exitcode(status)
     return 128 - code if code < 0 else code

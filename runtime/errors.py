@@ -18,6 +18,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 ADMIN = "administrator: "
+ENTRYPOINT = "--container-entrypoint"
+ENTRYPOINT_HINT = "--no-container-entrypoint leaves it out; --container-entrypoint-log shows what it prints"
 
 
 class EnclosError(Exception):
@@ -938,6 +940,64 @@ def exec_not_found(command: str) -> EnclosError:
 def exec_not_run(command: str, number: int) -> EnclosError:
     """It is there."""
     return UserError(command, "cannot be run in the container", reason(number), "is it a program for this machine?")
+
+
+def run_forbidden(slurm: str) -> EnclosError:
+    """`enclos run` where it may not be; `slurm` is what shows that the machine is a node of Slurm's."""
+    if slurm:
+        hint = "srun --container-image=IMAGE starts containers here; " + ADMIN + "run.allow in enclos.yaml"
+        return UserError("run", "this machine is a node of Slurm's", slurm, hint)
+    return UserError("run", "not allowed by the administrator", hint=ADMIN + "run.allow in enclos.yaml")
+
+
+def run_too_many(limit: int) -> EnclosError:
+    """A bound of what one user may hold."""
+    hint = "'enclos ps' shows them; " + ADMIN + "run.per_user in enclos.yaml"
+    what = f"you have {limit} containers of 'enclos run' on this machine, more are not allowed"
+    return UserError("run", what, hint=hint)
+
+
+def run_confined(why: str) -> EnclosError:
+    """The command is in a sandbox: what it starts here would be outside of it."""
+    return UserError("run", "it cannot be used from inside a container or sandbox", why, "type it in a login shell")
+
+
+def run_failed(cause: str) -> EnclosError:
+    """The kernel is in the way, or what stands for slurmstepd was killed."""
+    return AdminError("run", "the program could not be started", cause, ADMIN + "journalctl -u enclosd")
+
+
+def run_useless(option: str) -> EnclosError:
+    """An option that only means something in a job."""
+    return UserError(option, "it means nothing without Slurm", hint="leave it away")
+
+
+def entrypoint_failed(status: int) -> EnclosError:
+    """As spank/entrypoint.c says it."""
+    return UserError(ENTRYPOINT, f"the image's entrypoint failed with status {status}", hint=ENTRYPOINT_HINT)
+
+
+def entrypoint_stayed() -> EnclosError:
+    """It ended well, and never executed what it was given."""
+    return UserError(ENTRYPOINT, "the image's entrypoint did not execute its arguments", hint=ENTRYPOINT_HINT)
+
+
+def save_interrupted() -> EnclosError:
+    """As spank/save.c says it."""
+    return AdminError(
+        "--container-save",
+        "the agent ended before the container was saved",
+        hint="run the step again; " + ADMIN + "journalctl -u enclosd",
+    )
+
+
+def no_tunnels() -> EnclosError:
+    """A job network where the agent found no Slurm when it started."""
+    return AdminError(
+        "--container-network=job",
+        "the agent was started without Slurm",
+        hint=ADMIN + "start enclosd again, with slurmd's PATH and SLURM_CONF",
+    )
 
 
 def named_lost(name: str) -> EnclosError:

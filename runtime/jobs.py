@@ -75,10 +75,11 @@ class Jobs:
         config: Config,
         journal: Journal,
         spawner: Spawner,
-        gate: guard.Guard,
-        found: underlay.Underlay,
+        gate: guard.Guard | None,
+        found: underlay.Underlay | None,
         named: NamedContainers,
     ) -> None:
+        """`gate` and `found` are None on a machine without Slurm: it has no tunnels."""
         self._node = node
         self._config = config
         self._journal = journal
@@ -165,6 +166,30 @@ class Jobs:
             raise errors.no_job_facts(job_id)
         return job.facts
 
+    def alone(self) -> JobNetwork:
+        """A network for one container of `enclos run`: as a job's on one node, and it needs no other. The caller's.
+
+        Raises:
+            EnclosError: network_failed.
+        """
+        settings = self._config.network
+        spec = OverlaySpec(
+            vni=names.ALONE_VNI,
+            port=settings.port,
+            ifname=settings.ifname,
+            mtu=overlay.ALONE_MTU,
+            underlay_ifindex=0,
+            local="",
+            index=0,
+            peers=(Peer(0, self._node, ""),),
+            ipv4=settings.ipv4,
+            ipv6=settings.ipv6,
+        )
+        try:
+            return _network(overlay.create_alone(spec), spec)
+        except facts.NetworkFact as fact:
+            raise word(fact) from fact
+
     async def network(self, job_id: int, uid: int) -> JobNetwork:
         """The job's network, made now if no step of the job has asked for it before.
 
@@ -173,8 +198,10 @@ class Jobs:
 
         Raises:
             EnclosError: no_job_facts, parts_unknown, not_in_nodelist, name_unknown, underlay_not_found, vni_in_use,
-                network_failed.
+                network_failed, no_tunnels.
         """
+        if self._guard is None:
+            raise errors.no_tunnels()
         job = self._jobs.get(job_id)
         if job is None or job.facts.uid != uid:
             job = await self._announced(job_id)
@@ -217,6 +244,7 @@ class Jobs:
 
     def _make_network(self, job: Job, spec: OverlaySpec) -> JobNetwork:
         begin = time.perf_counter()
+        assert self._guard is not None
         try:
             addresses = tuple(peer.underlay for peer in spec.peers if peer.index != spec.index)
             self._record(job, {"vni": spec.vni, "ifname": spec.ifname, "addresses": addresses})
@@ -238,6 +266,7 @@ class Jobs:
         """The whole network as this node has to know it; every node computes the same."""
         node_names = await self._node_names(job.facts)
         settings = self._config.network
+        assert self._underlay is not None
         addresses = await self._resolve(node_names, settings.underlay.name)
         nodes = enumerate(zip(node_names, addresses, strict=True))
         peers = tuple(Peer(index, name, address) for index, (name, address) in nodes)
@@ -276,6 +305,7 @@ class Jobs:
 
     async def _resolve(self, node_names: list[str], pattern: str) -> list[str]:
         """From /etc/hosts at once, else by a child that may wait for DNS."""
+        assert self._underlay is not None
         family = socket.AF_INET6 if self._underlay.ipv6 else socket.AF_INET
         known = underlay.known_addresses(node_names, pattern, family)
         if all(known):
@@ -311,6 +341,8 @@ class Jobs:
         network.close()
 
     def _evict(self, job_id: int, vni: int, addresses: Sequence[str]) -> None:
+        if self._guard is None:
+            return
         try:
             self._guard.evict(vni, addresses)
         except (facts.NetworkFact, OSError) as error:
@@ -348,6 +380,7 @@ class Jobs:
                 self._record(job, None)
             return
         job.recorded = network
+        assert self._guard is not None, "a job that is known shows that Slurm is here"
         try:
             self._guard.admit(made.vni, made.addresses)
         except (facts.NetworkFact, OSError) as error:
@@ -361,6 +394,8 @@ class Jobs:
         Args:
             others: VNIs of networks in which a step runs, whose job's own record was lost.
         """
+        if self._guard is None:
+            return
         known = set(others)
         known |= {job.network.vni for job in self._jobs.values() if job.network is not None}
         for vni, address in sorted(self._guard.elements()):

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from enclos.runtime import errors
 from enclos.runtime.journal import Journal
-from enclos.runtime.request import StepRequest
+from enclos.runtime.request import StepRequest, step_key
 from enclos.runtime.settings import Named as Settings
 from enclos.runtime.spawner import ChildDied, Spawner
 
@@ -30,13 +30,13 @@ DISCARD_SECONDS = 60.0
 # The epilog waits for the removal; a builder that its user has stopped may hold a container for longer.
 END_PATIENCE_SECONDS = 3.0
 
-# Whose it is: uid, job (0: of all jobs), name.
+# Whose it is: uid, job (0: of all jobs, or of none), name.
 Key = tuple[int, int, str]
 
 
 @dataclass(slots=True)
 class Named:
-    """One named container.
+    """One named container. One that `enclos run` made (`of_run`) has no job to end with, whatever the scope is.
 
     `steps` are those in running ones on its files, oldest first: mostly all in the same namespaces. `making` is held
     by the step that makes or enters one, from its decision until it is in.
@@ -47,6 +47,7 @@ class Named:
     image: str = ""
     image_key: str = ""
     made: bool = False
+    of_run: bool = False
     steps: list[Step] = field(default_factory=list)
     making: asyncio.Lock = field(default_factory=asyncio.Lock)
 
@@ -108,7 +109,7 @@ class NamedContainers:
             return Turn(None, running=unnamed)
         key = (request.uid, request.job if self._settings.scope == "job" else 0, request.name)
         while True:
-            named = self._all.get(key) or self._new(key)
+            named = self._all.get(key) or self._new(key, request.is_run)
             await named.making.acquire()
             if self._all.get(key) is named:
                 break
@@ -121,10 +122,8 @@ class NamedContainers:
 
     def _unnamed(self, request: StepRequest) -> Step | None:
         """A running step of the user's that the name means: JOB.STEP. Of his other jobs only where names reach them."""
-        job, dot, number = request.name.partition(".")
-        if not (dot and job.isascii() and job.isdigit() and number.isascii() and number.isdigit()):
-            return None
-        step = self.find_step(int(job), int(number))
+        key = step_key(request.name)
+        step = self.find_step(*key) if key is not None else None
         if step is None or step.uid != request.uid or (step.key[0] != request.job and self._settings.scope == "job"):
             return None
         return step if step.running and step.key != (request.job, request.step) else None
@@ -148,10 +147,10 @@ class NamedContainers:
             self._record(named)
         return Turn(named)
 
-    def _new(self, key: Key) -> Named:
+    def _new(self, key: Key, of_run: bool) -> Named:
         self._count += 1
         uid, job, _ = key
-        named = self._all[key] = Named(key, f"{uid}.{job}.{self._count}")
+        named = self._all[key] = Named(key, f"{uid}.{job}.{self._count}", of_run=of_run)
         return named
 
     def built(self, turn: Turn, step: Step, image_key: str) -> None:
@@ -261,7 +260,7 @@ class NamedContainers:
     def _record(self, named: Named) -> None:
         uid, job, name = named.key
         record = {"uid": uid, "job": job, "name": name, "image": named.image, "image_key": named.image_key}
-        self._journal.write(f"named.{named.ident}", {**record, "made": named.made})
+        self._journal.write(f"named.{named.ident}", {**record, "made": named.made, "run": named.of_run})
 
     def adopt_all(self) -> None:
         """Take over what agents before this one made; called before any step asks."""
@@ -277,10 +276,12 @@ class NamedContainers:
         key = (int(record["uid"]), int(record["job"]), str(record["name"]))
         number = int(ident.rpartition(".")[2])
         self._count = max(self._count, number)
-        if not record["made"] or key in self._all or (key[1] == 0) != (self._settings.scope == "global"):
+        of_run = record.get("run") is True
+        fits = of_run or (key[1] == 0) == (self._settings.scope == "global")
+        if not record["made"] or key in self._all or not fits:
             self._in_background(self._discard(ident))
             return
-        self._all[key] = Named(key, ident, str(record["image"]), str(record["image_key"]), made=True)
+        self._all[key] = Named(key, ident, str(record["image"]), str(record["image_key"]), made=True, of_run=of_run)
 
     def rejoin(self, step: Step, ident: str) -> None:
         """A running step of an agent before this one is in that container."""

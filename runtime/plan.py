@@ -135,7 +135,8 @@ def _early(
         "--container-mount-home": _home_mounts(request, decision),
         "--container-mounts": decision.user_mounts,
     }
-    known = (("HOME", home), ("PWD", request.cwd), ("SLURM_JOB_ID", str(request.job)))
+    job = "" if request.is_run else str(request.job)
+    known = (("HOME", home), ("PWD", request.cwd), ("SLURM_JOB_ID", job))
     wanted = [(mount, option) for option, listed in origins.items() for mount in listed]
 
     # As root: what only root may mount, and what has to be read before the image is the root.
@@ -209,7 +210,7 @@ def _early(
     yield op.Attach("terminals", "/dev/pts")
     yield op.Attach("shm", "/dev/shm")
     yield op.MountInside("mqueue", "/dev/mqueue", (), KERNEL_FS)
-    yield op.ReadImageFacts(known, decision.entrypoint, not request.workdir)
+    yield op.ReadImageFacts(known, decision.entrypoint, not request.workdir, request.is_run)
     yield op.WriteAccounts(home, decision.remap_root)
     yield op.WriteStaged("/etc/resolv.conf", "resolv.conf")
     yield op.WriteStaged("/etc/hosts", "hosts")
@@ -259,6 +260,8 @@ def slurm_directories(request: StepRequest, het_leader: int = 0) -> tuple[str, .
     Those of the PMIx plugin, its server's and its clients', and the one that holds a batch step's script. In all parts
     of a het job the plugin's have the id of its leader (src/plugins/mpi/pmix/pmixp_info.c, pmixp_info_set).
     """
+    if request.is_run:
+        return ()
     step = f"{het_leader or request.job}.{request.step}"
     directories = (f"{request.spool}/pmix.{step}", f"{request.tmpfs}/spmix_appdir_{request.uid}_{step}")
     if request.step == BATCH_STEP:

@@ -42,7 +42,7 @@ def decide(request: StepRequest, config: Config, partition: str = "", account: s
 
     Raises:
         EnclosError: disabled, root_step, unknown_network, network_forbidden, mounts_forbidden,
-            slurm_commands_useless, limit_above_maximum, delegate_forbidden.
+            slurm_commands_useless, run_useless, limit_above_maximum, delegate_forbidden.
     """
     if not config.enabled:
         raise errors.disabled()
@@ -53,6 +53,8 @@ def decide(request: StepRequest, config: Config, partition: str = "", account: s
     if request.delegate and not config.limits.delegate:
         raise errors.delegate_forbidden()
     network = _network(request, config)
+    if request.is_run and network == "job" and request.rdma not in ("", "none"):
+        raise errors.run_useless("--container-rdma with --container-network=job")
     remap_root = _wish(request.remap_root, config.rootfs.remap_root)
     wanted, from_site = _limits(request, config, partition, account)
     return Decision(
@@ -76,6 +78,8 @@ def _slurm_works(request: StepRequest, network: str, remap_root: bool) -> bool:
 
     Nested steps inherit the option from their script, so only a script's own step is refused.
     """
+    if request.slurm and request.is_run:
+        raise errors.run_useless("--container-slurm")
     useless = f"--container-network={network}" if network != "host" else "--container-remap-root" if remap_root else ""
     if useless and request.asks_by_default:
         raise errors.slurm_commands_useless(useless)

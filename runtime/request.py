@@ -18,6 +18,9 @@ from enclos.runtime.images.reference import is_path
 from enclos.runtime.mounts import Mount
 from enclos.runtime.settings import INTERFACE_VARIABLES, OOM_VARIABLE, VISIBLE_VARIABLES
 
+# No job of Slurm's has this id: it stands for all that 'enclos run' starts, each of them a step of it.
+RUN_JOB = 0
+RUN = "run"
 BATCH_STEP = 4294967291
 INTERACTIVE_STEP = 4294967290
 
@@ -86,6 +89,11 @@ class StepRequest:
     oom_kill_step: bool = True
 
     @property
+    def is_run(self) -> bool:
+        """A container of `enclos run`: there is no job, no slurmstepd and no other node."""
+        return self.job == RUN_JOB
+
+    @property
     def asks_by_default(self) -> bool:
         """Batch and interactive steps: their options often come from those for nested steps."""
         return self.step in (BATCH_STEP, INTERACTIVE_STEP)
@@ -104,6 +112,20 @@ class StepRequest:
         return digest if image == self.image and re.fullmatch("sha256:[0-9a-f]{64}", digest) else ""
 
 
+def step_name(job: int, step: int) -> str:
+    """A step as people name it: JOB.STEP, or run.N."""
+    return f"{RUN if job == RUN_JOB else job}.{step}"
+
+
+def step_key(name: str) -> tuple[int, int] | None:
+    """What `step_name` makes, or None for another text."""
+    job, _, step = name.partition(".")
+    job = str(RUN_JOB) if job == RUN else job
+    if not all(part.isascii() and part.isdigit() for part in (job, step)):
+        return None
+    return int(job), int(step)
+
+
 def parse(fields: Fields) -> StepRequest:
     """Check the form of a request.
 
@@ -117,7 +139,7 @@ def parse(fields: Fields) -> StepRequest:
     if not (image or name):
         raise errors.image_required(_first_option(fields))
     return StepRequest(
-        job=_number(fields, "job", 1, _ID_MAX),
+        job=_number(fields, "job", RUN_JOB, _ID_MAX),
         step=_number(fields, "step", 0, _ID_MAX),
         uid=_number(fields, "uid", 0, _ID_MAX),
         gid=_number(fields, "gid", 0, _ID_MAX),

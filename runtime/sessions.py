@@ -13,6 +13,7 @@ from collections.abc import Mapping
 
 from enclos.runtime import cgroup, errors, protocol, seccomp, stepd
 from enclos.runtime.connection import wait_readable
+from enclos.runtime.request import RUN, RUN_JOB, step_name
 from enclos.runtime.spawner import Child, ChildDied
 from enclos.runtime.steps import Step, Surroundings
 
@@ -88,6 +89,8 @@ class Sessions:
             raise errors.exec_failed(step.name, "no task of it runs any more")
         fields = [(str(key), str(value)) for key, value in wanted]
         fields += [("uid", str(step.uid)), ("stepd", str(stepd_pid)), ("cgroup", directory)]
+        if step.key[0] == RUN_JOB and not directory:
+            fields.append(("follow", "1"))
         seccomp_fd = _filter() if record.get("remap_root") else -1
         try:
             fds = _descriptors(step, seccomp_fd)
@@ -111,12 +114,16 @@ def find(steps: Mapping[tuple[int, int], Step], uid: int, message: protocol.Mess
         if key[0] == job and number in (None, key[1]) and uid in (0, step.uid) and step.record["state"] != "failed"
     ]
     if not found:
-        raise errors.exec_no_container(str(job) if number is None else f"{job}.{number}")
+        raise errors.exec_no_container(_name(job) if number is None else step_name(job, number))
     if len(found) > 1:
-        raise errors.exec_several(str(job), sorted(step.name for step in found))
+        raise errors.exec_several(_name(job), sorted(step.name for step in found))
     if not found[0].running:
         raise errors.exec_building(found[0].name)
     return found[0]
+
+
+def _name(job: int) -> str:
+    return RUN if job == RUN_JOB else str(job)
 
 
 async def _answer(child: Child, name: str) -> int:

@@ -85,6 +85,23 @@ class Step:
 
 
 @dataclass(frozen=True, slots=True)
+class Run:
+    """Containers without Slurm: 'enclos run'."""
+
+    allow: str = setting(
+        "auto",
+        Choice("auto", "always", "never"),
+        "Whether users may start containers with 'enclos run'. 'auto': on machines that are no node of Slurm's, that "
+        "is where the agent finds neither slurmd nor a slurm.conf, and no job was ever announced to it. 'always': on "
+        "nodes of Slurm's as well; such a container belongs to no job, and with --container-limit it is outside of "
+        "Slurm's cgroups.",
+    )
+    per_user: int = setting(
+        16, Number(1, 10000), "Containers of 'enclos run' that one user may have on the machine at the same time."
+    )
+
+
+@dataclass(frozen=True, slots=True)
 class Rootfs:
     """The root file system of containers."""
 
@@ -432,6 +449,7 @@ class Config:
         "as usual.",
     )
     step: Step = section(Step)
+    run: Run = section(Run)
     rootfs: Rootfs = section(Rootfs)
     named: Named = section(Named)
     mounts: Mounts = section(Mounts)

@@ -74,6 +74,23 @@ def open_stepd(pid: int) -> int:
     return pidfd
 
 
+def open_runner(pid: int) -> int:
+    """The same for the process that stands for slurmstepd in `enclos run` (running.py), which is root's by then."""
+    try:
+        pidfd = os.pidfd_open(pid)
+    except OSError as error:
+        raise errors.bad_request(f"stepd={pid}: {errors.reason(error.errno or 0)}") from error
+    try:
+        if _real_uid(pid) != 0 or _status(pid, b"Name") != b"enclos-run":
+            raise errors.bad_request(f"stepd={pid} is no enclos-run")
+    except BaseException as error:
+        os.close(pidfd)
+        if isinstance(error, OSError):
+            raise errors.bad_request(f"stepd={pid}: {errors.reason(error.errno or 0)}") from error
+        raise
+    return pidfd
+
+
 def _real_uid(pid: int) -> int:
     """The real uid: slurmstepd has the user's as its effective one at times, also while its tasks ask to join."""
     return int(_status(pid, b"Uid"))
@@ -87,4 +104,4 @@ def parent(pid: int) -> int:
 def _status(pid: int, field: bytes) -> bytes:
     with open(f"/proc/{pid}/status", "rb", buffering=0) as file:
         text = file.read(65536)
-    return text.partition(b"\n" + field + b":")[2].split(None, 1)[0]
+    return (b"\n" + text).partition(b"\n" + field + b":")[2].split(None, 1)[0]

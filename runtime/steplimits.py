@@ -37,8 +37,11 @@ class StepLimits:
         if self.needed and not cgroup.is_cgroup2():
             raise errors.no_cgroup2(self._subject((*self._wanted, *self._site)[0]))
 
-    def apply(self, directory: str) -> list[Row]:
+    def apply(self, directory: str, within: str = "") -> list[Row]:
         """Set the limits on the step's cgroup; called when Slurm has set its own.
+
+        Args:
+            within: another cgroup whose limits hold as well, though the step's is not below it.
 
         Returns:
             Those that tighten anything.
@@ -49,7 +52,9 @@ class StepLimits:
         if not self.needed:
             return []
         try:
-            made = cgroup.tighten(directory, self._wanted, self._site)
+            held = cgroup.held(within) if within else []
+            made = cgroup.tighten(directory, self._wanted, [*held, *self._site], within)
+            made = [limit for limit in made if limit not in held]
         except cgroup.Refused as fact:
             raise self._word(fact) from fact
         rows = [(limit.file, self._subject(limit)) for limit in made]

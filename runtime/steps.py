@@ -26,7 +26,7 @@ from enclos.runtime.jobs import Jobs
 from enclos.runtime.journal import Journal
 from enclos.runtime.members import Identity, identity
 from enclos.runtime.named import NamedContainers
-from enclos.runtime.request import StepRequest
+from enclos.runtime.request import StepRequest, step_name
 from enclos.runtime.settings import Config
 from enclos.runtime.spawner import ChildDied, Spawner
 
@@ -89,7 +89,7 @@ class Step:
 
     @property
     def name(self) -> str:
-        return f"{self.record['job']}.{self.record['step']}"
+        return step_name(self.record["job"], self.record["step"])
 
     @property
     def record_name(self) -> str:

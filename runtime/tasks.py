@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 # operations: a plan is made of them, and a builder that had to import them would spend 20 ms on it.
-from enclos.runtime import builder, entering, operations, relays, spare, sweep, visitors
+from enclos.runtime import builder, entering, operations, relays, running, spare, sweep, visitors
 from enclos.runtime.images import importing, lookup, packing, server
 from enclos.runtime.operations import kept
 from enclos.runtime.protocol import Message
@@ -35,6 +35,7 @@ TASKS = {
         Task("relay", relays.run, False),
         Task("serve", server.run, False),
         Task("enter", entering.run, False),
+        Task("run", running.run, False),
         Task("lookup", lookup.run, True),
         Task("person", lookup.person, True),
         Task("sweep", sweep.run, True),

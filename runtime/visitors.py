@@ -7,7 +7,8 @@ user can hold. Root's commands use the agent's own socket and never depend on it
 
 Between it and the agent, one packet each way per request:
 
-    visitors -> agent   id, uid, and the user's fields with `request.` before their names
+    visitors -> agent   id, uid, and the user's fields with `request.` before their names; for `run` gid, pid and
+                        groups of the user's process as well, as the kernel tells them
     agent -> visitors   id, and the fields of the reply; perhaps a descriptor, for the user
 """
 
@@ -18,7 +19,7 @@ import socket
 import time
 from collections import Counter, deque
 
-from enclos.runtime import protocol
+from enclos.runtime import linux, protocol
 from enclos.runtime.protocol import Message
 from enclos.runtime.relays import drop_privileges
 
@@ -29,8 +30,11 @@ REQUEST_FIELDS = 16
 """Each gets a prefix: with many short ones a request would grow beyond what OUTSTANDING counts on."""
 IDLE_SECONDS = 10.0
 OUTSTANDING = 16
-"""Requests that the agent has not answered yet. Few enough to fit into the channel: sending never blocks."""
+"""Requests that the agent has not answered yet; one with many groups counts as several. Few enough to fit into the
+channel: sending never blocks."""
 PREFIX = "request."
+MOST_GROUPS = 1024
+"""Of a user who asks for `run`: as many fit into a packet beside the rest."""
 
 
 def run(channel: socket.socket, request: Message) -> int:
@@ -64,6 +68,7 @@ class _Desk:
         self._held: Counter[int] = Counter()
         self._waiting: deque[tuple[_Visitor, protocol.Fields]] = deque()
         self._asked: dict[int, _Visitor] = {}
+        self._places: dict[int, int] = {}
         self._count = 0
 
     def run(self) -> None:
@@ -113,6 +118,8 @@ class _Desk:
             fields = [(PREFIX + key, value) for key, values in protocol.decode(packet).items() for value in values]
             if len(fields) > REQUEST_FIELDS:
                 raise protocol.ProtocolError("too many fields")
+            if (f"{PREFIX}verb", "run") in fields:
+                fields = [*_credentials(visitor.connection), *fields]
         except BlockingIOError:
             return
         except (OSError, protocol.ProtocolError):
@@ -124,12 +131,13 @@ class _Desk:
 
     def _ask(self) -> None:
         """Pass on what waits, as far as the agent keeps up."""
-        while self._waiting and len(self._asked) < OUTSTANDING:
+        while self._waiting and sum(self._places.values()) < OUTSTANDING:
             visitor, fields = self._waiting.popleft()
             if visitor.connection.fileno() < 0:
                 continue  # He has left; another may have his descriptor's number by now.
             self._count += 1
             self._asked[self._count] = visitor
+            self._places[self._count] = 1 + sum(len(value) for _, value in fields) // REQUEST_BYTES
             protocol.send(self._channel, [("id", str(self._count)), ("uid", str(visitor.uid)), *fields])
 
     def _answer(self) -> bool:
@@ -138,7 +146,9 @@ class _Desk:
         if message is None:
             return False
         with message:
-            visitor = self._asked.pop(message.number("id"))
+            ident = message.number("id")
+            visitor = self._asked.pop(ident)
+            del self._places[ident]
             fields = [(key, value) for key, values in message.values.items() if key != "id" for value in values]
             fd = visitor.connection.fileno()
             if fd < 0:
@@ -162,3 +172,10 @@ class _Desk:
             del self._held[visitor.uid]
         self._poll.unregister(fd)
         visitor.connection.close()
+
+
+def _credentials(connection: socket.socket) -> protocol.Fields:
+    """Who connected, beside the uid. Raises OSError: he has more than MOST_GROUPS groups."""
+    pid, _, gid = protocol.peer_credentials(connection)
+    groups = linux.peer_groups(connection.fileno(), MOST_GROUPS)
+    return [("pid", str(pid)), ("gid", str(gid)), ("groups", ",".join(str(group) for group in groups))]

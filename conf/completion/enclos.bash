@@ -149,6 +149,9 @@ _enclos()
 	"exec"*)
 		words="--help $(enclos ps 2>/dev/null | sed '1d; s/ .*//')"
 		;;
+	"run"*)
+		words="--help --container-image --container-mounts --container-profile --container-workdir --container-name --container-save --container-writable --container-readonly --container-remap-root --no-container-remap-root --container-mount-home --no-container-mount-home --container-entrypoint --no-container-entrypoint --container-entrypoint-log --container-slurm --no-container-slurm --container-env --container-device --container-rdma --container-unshare --container-limit --container-cgroup --container-network"
+		;;
 	"top"*)
 		words="--help --json --interval -n --count"
 		;;
@@ -162,7 +165,7 @@ _enclos()
 		words="--help"
 		;;
 	"")
-		words="ps image exec shell top check gc rm render profile partition config --help --version --debug"
+		words="ps run image exec shell top check gc rm render profile partition config --help --version --debug"
 		;;
 	esac
 	mapfile -t COMPREPLY < <(compgen -W "$words" -- "$value")

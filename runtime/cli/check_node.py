@@ -10,7 +10,7 @@ import shutil
 import socket
 from collections.abc import Iterator
 
-from enclos.runtime import config
+from enclos.runtime import config, presence
 from enclos.runtime.cli import check_devices, client
 from enclos.runtime.cli.finding import Finding, mend, note, ok, skipped
 from enclos.runtime.errors import EnclosError
@@ -22,7 +22,8 @@ TOOLS = {"nft": "install nftables: the agent guards the tunnels with it"}
 
 def findings() -> Iterator[Finding]:
     """All findings about this node."""
-    for tool, hint in TOOLS.items():
+    slurm = presence.found()
+    for tool, hint in TOOLS.items() if slurm else ():
         # A user's PATH may lack the directories of root's tools.
         found = shutil.which(tool) or shutil.which(tool, path="/usr/sbin:/sbin:/usr/local/sbin")
         yield ok(tool, found) if found else mend(tool, "not installed", hint)
@@ -38,20 +39,26 @@ def findings() -> Iterator[Finding]:
             yield note(
                 "enabled", "false: all steps that ask for a container are refused", "it is the kill switch"
             )
-        yield from underlay_findings(settings)
+        if slurm:
+            yield from underlay_findings(settings)
         yield from check_devices.findings(settings, node_name())
         yield from image_findings(settings)
-    yield agent_finding()
+    yield from agent_findings()
 
 
-def agent_finding(path: str = client.USER_SOCKET) -> Finding:
+def agent_findings(path: str = client.USER_SOCKET) -> Iterator[Finding]:
     """Ask the agent how it is."""
     try:
         status = client.ask("status", path)
     except EnclosError as error:
-        return mend("agent", error.line(), error.hint.removeprefix("administrator: "))
-    version = status.get("version", "?") if isinstance(status, dict) else "?"
-    return ok("agent", f"enclosd {version}")
+        yield mend("agent", error.line(), error.hint.removeprefix("administrator: "))
+        return
+    status = status if isinstance(status, dict) else {}
+    yield ok("agent", f"enclosd {status.get('version', '?')}")
+    if status.get("run"):
+        yield ok("enclos run", "users may start containers")
+    elif not status.get("slurm"):
+        yield note("enclos run", "not allowed", "run.allow in enclos.yaml")
 
 
 def node_name() -> str:

@@ -10,6 +10,7 @@ import json
 import os
 import socket
 from collections.abc import Mapping
+from contextlib import suppress
 from typing import Any
 
 from enclos.runtime import errors, protocol
@@ -29,7 +30,7 @@ def ask(verb: str, path: str = "", *, timeout_seconds: float = ANSWER_SECONDS, *
     Raises:
         EnclosError: agent_not_running, agent_silent, or the agent's own error in its words.
     """
-    path = path or (AGENT_SOCKET if os.geteuid() == 0 else USER_SOCKET)
+    path = path or _socket_path()
     value, more = _page(path, timeout_seconds, {"verb": verb, **fields})
     while more:
         page, more = _page(path, timeout_seconds, {"verb": verb, **fields, "after": more})
@@ -39,12 +40,40 @@ def ask(verb: str, path: str = "", *, timeout_seconds: float = ANSWER_SECONDS, *
 
 def enter(job: str, step: str) -> tuple[socket.socket, str]:
     """A socket to a process in a container, and the step's name; the caller closes it. Raises like `ask`."""
-    path = AGENT_SOCKET if os.geteuid() == 0 else USER_SOCKET
-    with _exchange(path, ENTER_SECONDS, {"verb": "exec", "job": job, "step": step}) as answer:
+    return _take_socket({"verb": "exec", "job": job, "step": step})
+
+
+def start() -> tuple[socket.socket, str]:
+    """The same for a container that is yet to be made; the name is run.N."""
+    return _take_socket({"verb": "run"})
+
+
+def news(name: str) -> list[str]:
+    """Which limits a run has met; none where the agent cannot be asked."""
+    path = _socket_path()
+    with suppress(errors.EnclosError), _exchange(path, ANSWER_SECONDS, {
+        "verb": "news", "step": name.partition(".")[2]
+    }) as answer:
+        return answer.all("notice")
+    return []
+
+
+def _take_socket(fields: Mapping[str, str]) -> tuple[socket.socket, str]:
+    path = _socket_path()
+    with _exchange(path, ENTER_SECONDS, fields) as answer:
         _check(answer)
         if len(answer.fds) != 1:
             raise errors.bad_answer("it holds no socket")
         return socket.socket(fileno=answer.take_fds()[0]), answer.get("step")
+
+
+def _socket_path() -> str:
+    """Root's own, unless root is only called so, in a user namespace."""
+    return AGENT_SOCKET if os.geteuid() == 0 and not _is_closed(AGENT_SOCKET) else USER_SOCKET
+
+
+def _is_closed(path: str) -> bool:
+    return os.path.exists(path) and not os.access(path, os.W_OK)
 
 
 def _page(path: str, timeout_seconds: float, fields: Mapping[str, str]) -> tuple[Any, str]:

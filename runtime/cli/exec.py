@@ -9,17 +9,16 @@ from __future__ import annotations
 import argparse
 import errno
 import os
-import socket
 from collections.abc import Sequence
 
 from enclos.runtime import errors, protocol
 from enclos.runtime.cli import client, common, terminal
-from enclos.runtime.request import BATCH_STEP, INTERACTIVE_STEP
+from enclos.runtime.request import BATCH_STEP, INTERACTIVE_STEP, RUN, RUN_JOB
 
 SPECIAL = {"batch": str(BATCH_STEP), "interactive": str(INTERACTIVE_STEP)}
 ROOTS_VARIABLES = ("PATH", "TERM", "LANG", "LC_ALL")
 EXIT_NOT_FOUND, EXIT_NOT_RUN = 127, 126
-STEP_HELP = "job or step, as 'enclos ps' shows it; a job's only container here needs no step"
+STEP_HELP = "job or step, as 'enclos ps' shows it; a job's only container here, or your only run, needs no step"
 
 
 def run(arguments: list[str]) -> int:
@@ -41,21 +40,27 @@ def run(arguments: list[str]) -> int:
 def execute(parser: common.Parser, name: str, command: Sequence[str]) -> int:
     """Run a command in the container of that name; returns its exit status."""
     job, _, step = name.partition(".")
+    job = str(RUN_JOB) if job == RUN else job
     step = SPECIAL.get(step, step)
     if not all(part.isascii() and part.isdigit() for part in (job, step or "0")) or name.endswith("."):
         parser.error(f"{name} is no JOB or JOB.STEP")
     connection, found = client.enter(job, step)
     with connection, terminal.Attachment(connection) as attached:
-        _send(connection, command, attached)
+        attached.send(command, _variables())
         answer = attached.relay()
     if answer is None:
         raise errors.exec_ended(found)
+    return finish(answer, command[0])
+
+
+def finish(answer: protocol.Message, command: str) -> int:
+    """Say why the command did not run, if it did not; returns the exit status."""
     number = int(answer.get("errno") or 0)
     if number in (errno.ENOENT, errno.ENOTDIR):
-        common.report(errors.exec_not_found(command[0]))
+        common.report(errors.exec_not_found(command))
         return EXIT_NOT_FOUND
     if number:
-        common.report(errors.exec_not_run(command[0], number))
+        common.report(errors.exec_not_run(command, number))
         return EXIT_NOT_RUN
     return answer.number("exit")
 
@@ -65,16 +70,3 @@ def _variables() -> dict[str, str]:
     if os.geteuid() != 0:
         return dict(os.environ)
     return {name: value for name, value in os.environ.items() if name in ROOTS_VARIABLES}
-
-
-def _send(connection: socket.socket, command: Sequence[str], attached: terminal.Attachment) -> None:
-    fields = [("arg", word) for word in command]
-    fields += [("env", f"{name}={value}") for name, value in _variables().items()]
-    fields.append(("terminal", str(int(attached.is_terminal))))
-    try:
-        protocol.send(connection, fields, attached.program_fds)
-    except protocol.ProtocolError as error:
-        raise errors.exec_too_large(protocol.MAX_PACKET_BYTES) from error
-    except OSError:
-        pass  # It has ended: the answer that does not come says so.
-    attached.sent()

@@ -17,6 +17,7 @@ from enclos.runtime.errors import EnclosError, UsageError
 # verb: (module of this package, one line of help)
 VERBS: dict[str, tuple[str, str]] = {
     "ps": ("ps", "list the containers on this node"),
+    "run": ("run", "run a command in a container, on a machine without Slurm"),
     "image": ("image", "pull, list and remove images: your own and the site's"),
     "exec": ("exec", "run a command in a running container of yours"),
     "shell": ("shell", "open a shell in a running container of yours"),

@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from typing import Any
 
+from enclos.runtime import request
 from enclos.runtime.cli import client, common
 from enclos.runtime.request import BATCH_STEP, INTERACTIVE_STEP
 
@@ -22,8 +23,8 @@ def run(arguments: list[str]) -> int:
     """List containers."""
     parser = common.Parser(
         prog="enclos ps",
-        description="List the containers on this node: yours, or all for root. A line is one job step; its tasks here "
-        "share the container. ADDRESS is this node's address on the job's network.",
+        description="List the containers on this node: yours, or all for root. A line is one job step, whose tasks "
+        "here share the container, or run.N of 'enclos run'. ADDRESS is this node's address on the job's network.",
     )
     common.add_json(parser)
     given = parser.parse_args(arguments)
@@ -63,7 +64,7 @@ def short_digest(digest: str) -> str:
 
 def step_name(job: int, step: int) -> str:
     """A step as Slurm writes it."""
-    return f"{job}.{_STEP_NAMES.get(step, step)}"
+    return request.step_name(job, step) if step not in _STEP_NAMES else f"{job}.{_STEP_NAMES[step]}"
 
 
 def device_list(names: Sequence[str]) -> str:

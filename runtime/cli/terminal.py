@@ -14,15 +14,15 @@ import signal
 import socket
 import termios
 import tty
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from typing import Any, Self
 
-from enclos.runtime import protocol
+from enclos.runtime import errors, protocol
 from enclos.runtime.protocol import Message
 
 CHUNK_BYTES = 65536
-FORWARDED = (signal.SIGHUP, signal.SIGINT, signal.SIGQUIT, signal.SIGTERM)
+FORWARDED = (signal.SIGHUP, signal.SIGINT, signal.SIGQUIT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 WINDOW_BYTES = 8
 
 
@@ -83,6 +83,23 @@ class Attachment:
     def __exit__(self, *_: object) -> None:
         self.sent()
         self._undo.close()
+
+    def send(self, command: Sequence[str], variables: Mapping[str, str]) -> None:
+        """Give the process in the container the program, with its descriptors.
+
+        Raises:
+            EnclosError: exec_too_large.
+        """
+        fields = [("arg", word) for word in command]
+        fields += [("env", f"{name}={value}") for name, value in variables.items()]
+        fields.append(("terminal", str(int(self.is_terminal))))
+        try:
+            protocol.send(self._connection, fields, self.program_fds)
+        except protocol.ProtocolError as error:
+            raise errors.exec_too_large(protocol.MAX_PACKET_BYTES) from error
+        except OSError:
+            pass  # It has ended: the answer that does not come says so.
+        self.sent()
 
     def sent(self) -> None:
         """The program has its descriptors: ours of that side are closed, so that its end is seen."""

@@ -30,6 +30,9 @@ from enclos.runtime.cluster.layout import (
 )
 from enclos.runtime.cluster.processes import Process, pids_in
 
+# As Debian leaves it on a machine that is in nobody's DNS: its name leads to no address of an interface.
+LAPTOP_HOSTS = "127.0.0.1 localhost\n127.0.1.1 n1\n::1 localhost\n"
+
 
 class ClusterError(RuntimeError):
     """What a person gets to read: the cluster cannot be made or used, and why."""
@@ -81,6 +84,7 @@ class Cluster:
         cgroup_conf_extra: str = "",
         gpu_files: str = "",
         slurm_files: Mapping[str, str] | None = None,
+        with_slurm: bool = True,
     ) -> Cluster:
         """Bring a cluster up, or mend one of that name that is up.
 
@@ -96,6 +100,7 @@ class Cluster:
                 which takes a minute.
             cgroup_conf_extra: rows for cgroup.conf, which constrains nothing otherwise.
             gpu_files: device files that Slurm takes for GPUs, as `/dev/x[0-3]`.
+            with_slurm: without it the machines run nothing but agents, and have neither programs nor files of Slurm.
 
         Raises:
             ClusterError: not root, a tool is missing, or something did not start.
@@ -115,6 +120,7 @@ class Cluster:
                 return found
             _remove(layout)
             record = Record(nodes=nodes_count, cpus=cpus, plugstack=plugstack, slurm=root.slurm if root else "")
+            record.with_slurm = with_slurm
             settings = slurm.SlurmSettings(
                 nodes_count,
                 cpus,
@@ -138,18 +144,19 @@ class Cluster:
     def _make(cls, layout: Layout, record: Record, root: releases.Root | None) -> Cluster:
         names = node_names(record.nodes)
         system = root.path if root else None
-        control = nodes.start_control(layout, system)
+        control = nodes.start_control(layout, system, with_slurm=record.with_slurm)
         record.machines[SUBMIT] = control
         record.save(layout)
         if root is not None:
             nodes.run_script(control, releases.build_script(root), f"build for Slurm {root.slurm}")
-        started = nodes.start_nodes(layout, control, names, system)
+        started = nodes.start_nodes(layout, control, names, system, with_slurm=record.with_slurm)
         record.machines.update(zip(names, started, strict=True))
         record.save(layout)
         nodes.connect(control, started, names)
         cluster = cls(layout, record)
         cluster.mend()
-        cluster._await_nodes()
+        if record.with_slurm:
+            cluster._await_nodes()
         return cluster
 
     @classmethod
@@ -173,12 +180,12 @@ class Cluster:
     def mend(self) -> None:
         """Start the daemons that do not run, in the order in which they need each other."""
         control = self.record.machines[SUBMIT]
-        if not self.runs("munged"):
+        if self.record.with_slurm and not self.runs("munged"):
             munged = self.keep("munged", daemons.start_munged(self.layout, control))
             socket = self.layout.munge / "socket"
             log = self.layout.log(SUBMIT, "munged")
             daemons.await_ready(lambda: daemons.accepts(socket), munged, log, "munged")
-        if not self.runs("slurmctld"):
+        if self.record.with_slurm and not self.runs("slurmctld"):
             self.keep("slurmctld", daemons.start_slurmctld(self.layout, control))
         for node in self.nodes:
             if not self.runs(f"{node}.enclosd"):
@@ -187,7 +194,7 @@ class Cluster:
         for node in self.nodes:
             self._await_agent(node)
         for node in self.nodes:
-            if not self.runs(f"{node}.slurmd"):
+            if self.record.with_slurm and not self.runs(f"{node}.slurmd"):
                 self.keep(f"{node}.slurmd", daemons.start_slurmd(self.layout, node, self.record.machines[node]))
 
     def down(self) -> None:
@@ -467,7 +474,7 @@ def _write_files(layout: Layout, record: Record, settings: slurm.SlurmSettings, 
         layout.slurm / "job_submit.lua": slurm.job_submit_lua(users.USERS),
         layout.state / "passwd": users.passwd((system / "etc/passwd").read_text()),
         layout.state / "group": users.group((system / "etc/group").read_text()),
-        layout.state / "hosts": slurm.hosts(record.nodes),
+        layout.state / "hosts": slurm.hosts(record.nodes) if record.with_slurm else LAPTOP_HOSTS,
     }
     texts |= {layout.node_etc(machine) / "enclos.yaml": config for machine in [SUBMIT, *node_names(record.nodes)]}
     for path, text in texts.items():

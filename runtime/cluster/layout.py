@@ -161,6 +161,8 @@ class Record:
     plugstack: str
     # Another Slurm release than the machine's own; "" for that.
     slurm: str = ""
+    # False for machines on which nothing of Slurm is to be found.
+    with_slurm: bool = True
     version: int = 1
     machines: dict[str, Process] = field(default_factory=dict)
     daemons: dict[str, Process] = field(default_factory=dict)

@@ -42,6 +42,7 @@ def parser() -> argparse.ArgumentParser:
     up.add_argument("--slurm", default="", metavar="RELEASE", help=f"{', '.join(SUITES)} (default: own)")
     up.add_argument("--config", type=Path, metavar="ENCLOS_YAML", help="enclos.yaml of all nodes (default: empty)")
     up.add_argument("--gpu-files", default="", metavar="FILES", help="device files to be GPUs for Slurm: /dev/x[0-3]")
+    up.add_argument("--without-slurm", action="store_true", help="machines with nothing of Slurm, for 'enclos run'")
     verbs.add_parser("down", parents=[common], help="take it down and remove all it made; harmless when it is down")
     verbs.add_parser("status", parents=[common], help="what runs")
     run = verbs.add_parser("run", parents=[where], help="run a command on the cluster")
@@ -88,7 +89,12 @@ def up(options: argparse.Namespace) -> int:
         config=_read(options.config),
         gpu_files=options.gpu_files,
         release=options.slurm,
+        with_slurm=not options.without_slurm,
     )
+    if options.without_slurm:
+        print(f"machines without Slurm are up: {', '.join(cluster.nodes)}")
+        print(f"next: enclos-cluster shell --name {cluster.name} --user usera --node n1; enclos run IMAGE")
+        return 0
     print(f"cluster {cluster.name} is up: {', '.join(cluster.nodes)}, Slurm {cluster.release}")
     print(NEXT.format(name="" if cluster.name == DEFAULT_NAME else f" --name {cluster.name}"))
     return 0

@@ -131,6 +131,13 @@ for kept in $hidden; do
     mount --rbind "/.kept/$number" "$kept"
     number=$((number + 1))
 done
+if [ -n "$hides_slurm" ]; then
+    mount -t tmpfs -o mode=755,size=64k tmpfs /etc/slurm
+    for program in slurmd slurmctld slurmstepd srun sbatch salloc squeue scontrol sinfo scancel munged; do
+        path=$(command -v "$program") || continue
+        mount --bind /dev/null "$path"
+    done
+fi
 mount --bind "$state/nodes/$hostname/enclos" /etc/enclos
 # The image cache of a node is its own, as on a disk of its own.
 mkdir -p /var/cache/enclos
@@ -187,12 +194,13 @@ def _is_own(path: Path) -> bool:
     return path.is_relative_to("/tmp") or path.is_relative_to("/run")
 
 
-def _script(layout: Layout, hostname: str, system: Path | None, *parts: str) -> str:
+def _script(layout: Layout, hostname: str, system: Path | None, with_slurm: bool, *parts: str) -> str:
     values = {
         "state": str(layout.state),
         "hostname": hostname,
         "cookie": f"{layout.state}/{hostname}",
         "system": str(system or ""),
+        "hides_slurm": "" if with_slurm else "1",
         "closed": " ".join(str(path) for path in _closed_folders(system)),
         "hidden": " ".join(str(path) for path in hidden_paths(system)),
         "cgroup_mounts": cgroups.MOUNTS if cgroups.available() else "",
@@ -201,26 +209,28 @@ def _script(layout: Layout, hostname: str, system: Path | None, *parts: str) -> 
     return head + PROLOGUE + "".join(parts) + EPILOGUE
 
 
-def start_control(layout: Layout, system: Path | None = None) -> Process:
+def start_control(layout: Layout, system: Path | None = None, *, with_slurm: bool = True) -> Process:
     """Make the submit host: the first process of the cluster.
 
     `system` is the root file system of another release, for all machines of the cluster; None for the machine's own.
+    `with_slurm=False` hides what is installed of Slurm.
 
     Raises:
         RuntimeError: a namespace or a mount was refused; the text is the tool's own.
     """
-    script = _script(layout, SUBMIT, system, OWN_ROOT if system is None else RELEASE_ROOT, CONTROL_ROOT, OWN_MOUNTS)
+    root = OWN_ROOT if system is None else RELEASE_ROOT
+    script = _script(layout, SUBMIT, system, with_slurm, root, CONTROL_ROOT, OWN_MOUNTS)
     (init,) = _start_inits(layout, {SUBMIT: ["unshare", *NAMESPACES, "--fork", "sh", "-c", script]})
     return init
 
 
 def start_nodes(
-    layout: Layout, control: Process, names: Sequence[str], system: Path | None = None
+    layout: Layout, control: Process, names: Sequence[str], system: Path | None = None, *, with_slurm: bool = True
 ) -> list[Process]:
     """Make the nodes, all at the same time; errors as start_control."""
     commands = {}
     for name in names:
-        script = _script(layout, name, system, OWN_MOUNTS, NODE_NAME)
+        script = _script(layout, name, system, with_slurm, OWN_MOUNTS, NODE_NAME)
         # The unshare in between ends at once; the node's first process then belongs to the submit host's
         # first one.
         inner = shlex.join(["unshare", *NAMESPACES, "--fork", "sh", "-c", script])

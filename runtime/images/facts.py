@@ -45,11 +45,15 @@ _RC_WORKDIR = re.compile(rb'^cd "?(/[^"\n;&|]*?)"? *(?:&&|\|\||;|$)', re.MULTILI
 
 @dataclass(slots=True)
 class Facts:
-    """`entrypoint` and `workdir` are empty where the image has none; `warnings` are for the user."""
+    """`entrypoint`, `command` and `workdir` are empty where the image has none; `warnings` are for the user.
+
+    `command` is what to run when the user names nothing: of an image with an entrypoint it would be only arguments.
+    """
 
     variables: Variables = field(default_factory=list)
     workdir: str = ""
     entrypoint: tuple[str, ...] = ()
+    command: tuple[str, ...] = ()
     warnings: list[str] = field(default_factory=list)
 
 
@@ -89,6 +93,7 @@ def _from_registry(config: str) -> Facts:
     workdir = raw.get("WorkingDir")
     facts.workdir = workdir if isinstance(workdir, str) and _is_directory(workdir) else ""
     facts.entrypoint = _words(raw.get("Entrypoint"))
+    facts.command = () if facts.entrypoint else _words(raw.get("Cmd"))
     return facts
 
 

@@ -91,6 +91,7 @@ from enclos.runtime.linux.credentials import (
     get_dumpable,
     install_seccomp_filter,
     keep_capabilities_and_become,
+    peer_groups,
     set_capabilities,
     set_dumpable,
     set_filesystem_ids,
@@ -122,6 +123,7 @@ from enclos.runtime.linux.mounts import (
     unmount,
 )
 from enclos.runtime.linux.namespaces import (
+    owning_user_namespace,
     parent_user_namespace,
     setns,
     unshare,
@@ -221,7 +223,9 @@ __all__ = [
     "mount_filesystem",
     "move_mount",
     "openat2",
+    "owning_user_namespace",
     "parent_user_namespace",
+    "peer_groups",
     "pivot_root",
     "set_attributes",
     "set_capabilities",

@@ -71,6 +71,7 @@ CLONE_NEWNET: Final = 0x40000000
 CLONE_NEWTIME: Final = 0x00000080
 
 # linux/nsfs.h
+NS_GET_USERNS: Final = 0xB701
 NS_GET_PARENT: Final = 0xB702
 
 # linux/capability.h: bit numbers. `capability_mask` makes masks of them.

@@ -99,6 +99,16 @@ def set_name(name: str) -> None:
     check(lib.enclos_prctl(PR_SET_NAME, int(ffi.cast("uintptr_t", buffer)), 0, 0, 0), name)
 
 
+def peer_groups(socket_fd: int, most: int) -> list[int]:
+    """Supplementary groups of a unix socket's peer as it had them when it connected (SO_PEERGROUPS).
+
+    Raises OSError: ERANGE where there are more than `most`.
+    """
+    groups = ffi.new("uint32_t[]", most)
+    count = check(lib.enclos_peer_groups(socket_fd, groups, most), "groups of the peer")
+    return [int(groups[index]) for index in range(count)]
+
+
 def install_seccomp_filter(program: bytes) -> None:
     """Filter this thread's system calls from here on, for good. Needs no_new_privs or CAP_SYS_ADMIN.
 

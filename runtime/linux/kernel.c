@@ -22,6 +22,7 @@
 #include <sys/inotify.h>
 #include <sys/ioctl.h>
 #include <sys/prctl.h>
+#include <sys/socket.h>
 #include <sys/syscall.h>
 #include <sys/types.h>
 #include <sys/wait.h>
@@ -278,6 +279,16 @@ int enclos_become(uint32_t uid, uint32_t gid, const uint32_t *groups, size_t cou
 	if (prctl(PR_SET_KEEPCAPS, 0, 0, 0, 0) < 0)
 		return -1;
 	return enclos_capset(capabilities, capabilities, 0);
+}
+
+/* How many supplementary groups the peer of a unix socket had when it connected; ERANGE when there are more. */
+int enclos_peer_groups(int socket_fd, uint32_t *groups, unsigned int capacity)
+{
+	socklen_t size = capacity * sizeof(*groups);
+
+	if (getsockopt(socket_fd, SOL_SOCKET, SO_PEERGROUPS, groups, &size) < 0)
+		return -1;
+	return (int)(size / sizeof(*groups));
 }
 
 int enclos_seccomp(const void *program, size_t count)

@@ -7,7 +7,7 @@ to fs.suid_dumpable.
 import fcntl
 
 from enclos.runtime.linux._linux import lib
-from enclos.runtime.linux.constants import NS_GET_PARENT
+from enclos.runtime.linux.constants import NS_GET_PARENT, NS_GET_USERNS
 from enclos.runtime.linux.failure import check
 
 
@@ -34,6 +34,15 @@ def parent_user_namespace(fd: int) -> int:
         OSError: EPERM when the parent is above the caller's own namespace (ioctl_ns(2)).
     """
     return fcntl.ioctl(fd, NS_GET_PARENT)
+
+
+def owning_user_namespace(fd: int) -> int:
+    """A descriptor of the user namespace that has power over a namespace, close-on-exec, the caller's.
+
+    Raises:
+        OSError: EPERM when it is above the caller's own namespace (ioctl_ns(2)).
+    """
+    return fcntl.ioctl(fd, NS_GET_USERNS)
 
 
 def userns_with_map(uid_map: str, gid_map: str) -> int:

@@ -54,14 +54,15 @@ class PlaceImageMounts:
 
 @dataclass(frozen=True, slots=True)
 class ReadImageFacts:
-    """Report the image's variables, and its entrypoint and working directory where they are wanted."""
+    """Report the image's variables, and its entrypoint, working directory and command where they are wanted."""
 
     known: tuple[tuple[str, str], ...]
     entrypoint: bool
     workdir: bool
+    command: bool = False
 
     def describe(self) -> str:
-        wanted = [name for name in ("entrypoint", "workdir") if getattr(self, name)]
+        wanted = [name for name in ("entrypoint", "workdir", "command") if getattr(self, name)]
         return f"read the image's environment{''.join(f', its {name}' for name in wanted)}"
 
     def execute(self, builder: Builder) -> None:
@@ -79,6 +80,8 @@ class ReadImageFacts:
             self._find_workdir(builder, found.workdir)
         if self.entrypoint:
             builder.results += [("entrypoint", word) for word in _runnable(root_fd, found.entrypoint)]
+        if self.command:
+            builder.results += [("command", word) for word in found.command]
 
     def _find_workdir(self, builder: Builder, path: str) -> None:
         """It is made where it is missing, as docker and enroot do."""

@@ -306,9 +306,17 @@ def read_until(terminal: BinaryIO, text: bytes) -> str:
 def await_none(seconds: str) -> None:
     """No `sleep` of so many seconds runs any more."""
     deadline = time.monotonic() + WAIT
-    while any((path / "cmdline").read_bytes() == f"sleep\0{seconds}\0".encode() for path in sleeps()):
+    while f"sleep\0{seconds}\0".encode() in [words(path) for path in sleeps()]:
         assert time.monotonic() < deadline
         time.sleep(0.05)
+
+
+def words(process: Path) -> bytes:
+    """Its command line; nothing when it has ended."""
+    try:
+        return (process / "cmdline").read_bytes()
+    except OSError:
+        return b""
 
 
 def sleeps() -> list[Path]:

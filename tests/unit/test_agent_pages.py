@@ -19,7 +19,7 @@ IMAGE = "/" + b"\xff".decode(errors="surrogateescape") * 4094
 
 @pytest.fixture
 def agent() -> Agent:
-    made = Agent(cast("Surroundings", SimpleNamespace(node="n1", named=SimpleNamespace())), "")
+    made = Agent(cast("Surroundings", SimpleNamespace(node="n1", named=SimpleNamespace())), "", "")
     for job in range(1, 51):
         for uid, step in ((1001, 0), (1002, 4294967291)):
             record = {"job": job, "step": step, "uid": uid, "image": IMAGE}

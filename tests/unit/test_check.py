@@ -287,7 +287,7 @@ def test_sysctls(tmp_path: Path, values: dict[str, str], expected: dict[str, str
 
 
 def test_node_without_an_agent(tmp_path: Path) -> None:
-    found = check_node.agent_finding(str(tmp_path / "none"))
+    (found,) = check_node.agent_findings(str(tmp_path / "none"))
     assert found.status == MEND
     assert found.hint == "systemctl status enclosd"
 

@@ -98,7 +98,6 @@ def test_interface_variables() -> None:
 @pytest.mark.parametrize(
     ("key", "value"),
     [
-        ("job", "0"),
         ("job", "-1"),
         ("job", "4_2"),
         ("job", "٤٢"),
