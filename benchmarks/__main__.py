@@ -13,7 +13,7 @@ import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from benchmarks import agent, command, imports, launch, network, rdma, report
+from benchmarks import agent, command, files, imports, launch, network, rdma, report
 from benchmarks.result import Claim, Result
 
 FOLDER = Path("build/benchmarks")
@@ -22,6 +22,7 @@ BENCHMARKS: dict[str, tuple[str, Callable[[bool], Result]]] = {
     agent.NAME: (agent.TITLE, lambda quick: agent.run(quick=quick)),
     network.NAME: (network.TITLE, lambda quick: network.run(quick=quick)),
     imports.NAME: (imports.TITLE, lambda quick: imports.run(quick=quick)),
+    files.NAME: (files.TITLE, lambda quick: files.run(quick=quick)),
     rdma.NAME: (rdma.TITLE, lambda quick: rdma.run(quick=quick)),
 }
 

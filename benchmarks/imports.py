@@ -175,31 +175,31 @@ def _round(image: Image, address: str, with_umoci: bool) -> None:
     def note(way: str, seconds: float) -> None:
         image.samples.setdefault(way, []).append(seconds)
 
-    with _store(image) as store:
-        note("cold", _import(image, store, image.reference, measure=True))
+    with new_store(image) as store:
+        note("cold", import_image(image, store, image.reference, measure=True))
         parts = [path.removesuffix(".sqsh") for path in os.listdir(f"{store.directory}/parts")]
         top = image.reference.removesuffix(":t") + ":top"
-        note("top", _import(image, store, top, reuse=parts))
+        note("top", import_image(image, store, top, reuse=parts))
     note("tools", _timed(lambda: _tools(image)))
-    with _store(image) as store:
+    with new_store(image) as store:
         blobs = f"{store.work_path(image.digest)}/blobs/sha256"
         shutil.copytree(f"{image.folder}/layout/blobs/sha256", blobs)
-        note("cached", _import(image, store, image.reference))
-    with _store(image) as store:
-        note("merge", _import(image, store, f"oci:{image.folder}/layout:t"))
+        note("cached", import_image(image, store, image.reference))
+    with new_store(image) as store:
+        note("merge", import_image(image, store, f"oci:{image.folder}/layout:t"))
     if with_umoci:
         note("umoci", _timed(lambda: _umoci(image)))
 
 
 @contextlib.contextmanager
-def _store(image: Image) -> Iterator[Store]:
+def new_store(image: Image) -> Iterator[Store]:
     store = Store(str(image.folder / "store"))
     store.make()
     yield store
     shutil.rmtree(store.directory)
 
 
-def _import(image: Image, store: Store, reference: str, reuse: Sequence[str] = (), measure: bool = False) -> float:
+def import_image(image: Image, store: Store, reference: str, reuse: Sequence[str] = (), measure: bool = False) -> float:
     """Seconds that an importer takes, its start included; what it found out is noted with the image."""
     limits = Limits(1_000_000, 100 << 30)
     order = Order(reference, "", "", 0, 0, (), SLOT, store.directory, (), (), limits, 1 << 30, PACKING)
@@ -289,8 +289,8 @@ def _umoci(image: Image) -> None:
 def _metadata(image: Image) -> Table:
     """What parts cost at start-up and for a walk over all files, against the same image as one file."""
     rows = []
-    with _store(image) as store:
-        _import(image, store, image.reference)
+    with new_store(image) as store:
+        import_image(image, store, image.reference)
         keys = [
             manifest.part_key([layer.digest for layer in group], index == 0, PACKING)
             for index, group in enumerate(manifest.group(image.layers))

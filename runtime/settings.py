@@ -241,7 +241,9 @@ class Imports:
     )
     memory: str = setting("1G", Amount(), "Most memory of each process that converts layers.")
     limit_files: int = setting(
-        1000000, Number(1000, 100000000), "Most files that an image may have. A million need about 400 MB of memory."
+        1000000,
+        Number(1000, 100000000),
+        "Most files that an image may have. While it is imported, a million need about 300 MB of memory.",
     )
     limit_bytes: str = setting("100G", Amount(), "Most bytes that an image may have, downloaded and unpacked.")
     compression: str = setting(

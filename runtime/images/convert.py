@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import fcntl
 import os
+import re
 import subprocess
 import tempfile
 from collections.abc import Callable, Sequence
@@ -22,6 +23,8 @@ END_OF_ARCHIVE = bytes(2 * tar.BLOCK)
 BUFFER_BYTES = 1 << 18
 PIPE_BYTES = 1 << 20  # What everybody may have (/proc/sys/fs/pipe-max-size).
 STDERR_LIMIT = 4096
+# What tar2sqfs says of members that are there twice, below a file, or links to nothing: see flatten.py.
+_CONFLICT = re.compile("File exists|Not a directory|^Resolving hard link")
 
 
 class PackFailed(OSError):
@@ -84,7 +87,9 @@ def pack(layers: Sequence[Layer], lowest: bool, limits: Limits, packing: Packing
     try:
         try:
             _into_squashfs(merge.write, blobs, packing, path)
-        except Repeat:
+        except (Repeat, PackFailed) as error:
+            if isinstance(error, PackFailed) and not _CONFLICT.search(str(error)):
+                raise
             blobs.close()
             _into_squashfs(merge.write_twice, blobs, packing, path)
     except (tar.BadArchive, BadLayer):

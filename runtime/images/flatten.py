@@ -2,8 +2,9 @@
 
 `Tree` is the file tree that the layers make, names only, with the rules by which umoci unpacks them: what replaces
 what, whiteouts, opaque directories, hard links, parents that are symlinks. Layers are read once to build it, and once
-more for the data of what survives. A single layer, the usual case, is read just once: nothing in it replaces anything,
-and if it does after all, `Repeat` says so and the two passes are made.
+more for the data of what survives; what is written is forgotten. A single layer, the usual case, is read just once:
+nothing in it replaces anything. Its files are not even remembered, because tar2sqfs refuses what comes a second time.
+If something does after all, `Repeat` says so, or tar2sqfs fails, and the two passes are made.
 
 Not the lowest layers of an image: then what they delete below themselves is handed on to the overlay. A layer that
 cannot be understood without those below (a parent directory or the target of a hard link is only there) raises
@@ -24,6 +25,7 @@ WHITEOUT_PREFIX = b".wh."
 OPAQUE_XATTR = {b"user.overlay.opaque": b"y"}
 LAYER_BITS = 40
 WHITEOUT = -1
+WRITTEN = -2
 NAME_LIMIT = 255
 PATH_LIMIT = 4095
 LINKS_LIMIT = 255
@@ -51,15 +53,16 @@ class Repeat(Exception):
 class Directory:
     """A directory: its children by name, as Directory, number of a member, or WHITEOUT.
 
-    `entry` is the member with its mode and time, or WHITEOUT where only its children were named; `touched` the
-    last layer that named it or something below it.
+    `entry` is the member with its mode and time, WHITEOUT where only its children were named, or WRITTEN; `touched` the
+    last layer that named it or something below it; `filled` says that files were put there that nobody remembers.
     """
 
-    __slots__ = ("children", "entry", "opaque", "touched")
+    __slots__ = ("children", "entry", "filled", "opaque", "touched")
 
     def __init__(self, layer: int) -> None:
         self.children: dict[bytes, Directory | int] = {}
         self.entry = WHITEOUT
+        self.filled = False
         self.opaque = False
         self.touched = layer
 
@@ -67,9 +70,17 @@ class Directory:
 class Tree:
     """The names of some adjacent layers. A member's number is its layer << 40 | its place in the layer."""
 
-    def __init__(self, lowest: bool) -> None:
-        """`lowest`: nothing is below these layers."""
+    def __init__(self, lowest: bool, files: bool = True) -> None:
+        """Make an empty one.
+
+        Args:
+            lowest: nothing is below these layers.
+            files: remember files. Without, for a single layer, `add` raises Repeat where it would have to know them.
+        """
         self._lowest = lowest
+        self._files = files
+        # Without files: paths to which hard links were made. What comes there afterwards was not there before.
+        self._targets: set[bytes] = set()
         self._layer = 0
         self.root = Directory(0)
         self._symlinks: dict[int, bytes] = {}
@@ -99,6 +110,8 @@ class Tree:
         path = b"/".join([*place, name])
         if len(path) > PATH_LIMIT:
             raise BadLayer(f"a path longer than {PATH_LIMIT} bytes ({shown(member.name)})")
+        if path in self._targets:
+            raise Repeat
         self._place(directory, name, number, member)
         if place != parents:
             self.moved[number] = path
@@ -116,17 +129,32 @@ class Tree:
             before.touched = self._layer
         elif member.kind == tar.LINK:
             self._link(directory, name, member)
-        elif member.kind in (tar.FILE, tar.SYMLINK, tar.FIFO):
+        elif member.kind == tar.SYMLINK or (member.kind in (tar.FILE, tar.FIFO) and self._files):
             directory.children[name] = number
             if member.kind == tar.SYMLINK:
                 self._symlinks[number] = member.target
+        elif member.kind in (tar.FILE, tar.FIFO):
+            self._pass(directory, name)
         else:  # A device: it is left out, and what it replaced is gone.
+            if directory.filled:
+                raise Repeat
             self._delete(directory, name)
+
+    def _pass(self, directory: Directory, name: bytes) -> None:
+        """A file that is not remembered; what a whiteout deleted in its place is below."""
+        directory.filled = True
+        directory.children.pop(name, None)
 
     def _link(self, directory: Directory, name: bytes, member: Member) -> None:
         *parents, last = split(member.target, f"the target of the hard link {shown(member.name)}") or [b""]
         holder, _ = self._directory(parents, create=False)
+        if holder is directory and last == name:
+            raise BadLayer(f"a hard link to itself ({shown(member.name)})")
         target = holder.children.get(last) if holder is not None else None
+        if target is None and holder is not None and not self._files:
+            self._targets.add(b"/".join([*parents, last]))
+            self._pass(directory, name)
+            return
         if target is None or target == WHITEOUT:
             if not self._lowest:
                 raise NeedsBase
@@ -233,6 +261,16 @@ class Tree:
 
     # --- what is left -----------------------------------------------------------------------------------------
 
+    def forget(self, path: bytes) -> None:
+        """What is at a path is written, and is asked for no more; so are directories of which nothing is left."""
+        while path:
+            path, _, name = path.rpartition(b"/")
+            parent = self.find(path)
+            assert isinstance(parent, Directory)
+            del parent.children[name]
+            if parent.children or parent.entry != WRITTEN:
+                return
+
     def find(self, path: bytes) -> Directory | int | None:
         """What is at a path, symlinks not followed."""
         here: Directory | int | None = self.root
@@ -337,21 +375,29 @@ class Merge:
             yield member
 
     def _write_once(self, write: tar.Write) -> None:
-        tree = Tree(self._lowest)
+        tree = Tree(self._lowest, files=False)
         reader = self._layers[0]()
         directories: dict[int, Member] = {}
         for number, member in enumerate(self._counted(reader)):
             before = tree.find(b"/".join(split(member.name)))
             if not (before in (None, WHITEOUT) or (isinstance(before, Directory) and member.kind == tar.DIRECTORY)):
                 raise Repeat
+            described = isinstance(before, Directory) and before.entry != WHITEOUT
             path = tree.add(number, member)
             if number in tree.moved:
                 raise Repeat  # What it replaces was not looked at.
-            if member.kind == tar.DIRECTORY:
+            if member.kind == tar.DIRECTORY and not self._lowest:
                 directories[number] = member  # Written last: a marker behind it may make it opaque.
+            elif member.kind == tar.DIRECTORY:
+                if described:
+                    raise Repeat
+                found = tree.find(path)
+                if isinstance(found, Directory) and found.entry == number:
+                    self._put(write, _directory(path, found, member))
+                    found.entry = WRITTEN
             elif path and member.kind == tar.LINK:
                 target = b"/".join(split(member.target))
-                if not isinstance(tree.find(target), int):
+                if not isinstance(tree.find(target.rpartition(b"/")[0]), Directory):
                     raise Repeat  # Its parents are symlinks.
                 self._put(write, Member(path, tar.LINK, target=target))
             elif path and member.kind in (tar.FILE, tar.SYMLINK, tar.FIFO):
@@ -383,10 +429,15 @@ class Merge:
             found = tree.find(paths[0])
             assert isinstance(found, Directory)
             self._put(write, _directory(paths[0], found, member))
+            found.entry = WRITTEN
+            if not found.children:
+                tree.forget(paths[0])
             return
         self._write_member(reader, paths[0], member, write)
         for other in paths[1:]:
             self._put(write, Member(other, tar.LINK, target=paths[0]))
+        if number not in tree.linked:
+            tree.forget(paths[0])
 
     def _write_member(self, reader: tar.Reader, path: bytes, member: Member, write: tar.Write) -> None:
         size = member.size if member.kind == tar.FILE else 0

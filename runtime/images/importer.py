@@ -218,10 +218,11 @@ class Importer:
                 self._sandboxes.stop()
                 self._sandboxes.tell("whole")
                 config = self._build(resolved, credentials, [resolved.layers], frozenset())
-        except errors.EnclosError as error:
+        except (errors.EnclosError, OSError) as error:
             self._sandboxes.stop()
-            # Blobs of a download that was cut off are worth keeping; those of an image that is no good are not.
-            if not error.transient:
+            # Blobs of a download that was cut off are worth keeping; of an image that is no good, or on a disk where
+            # not even a file can be made, they are not.
+            if not (isinstance(error, errors.EnclosError) and error.transient):
                 self._remove_work(resolved)
             raise
         self._sandboxes.stop()
