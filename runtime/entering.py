@@ -130,6 +130,7 @@ def become_task(ids: tuple[int, int, Sequence[int]], fds: dict[str, int], told: 
     program = os.pread(filter_fd, FILTER_BYTES, 0) if filter_fd >= 0 else b""
     if "net" in fds:
         linux.setns(fds["net"], linux.CLONE_NEWNET)
+    linux.new_session_keyring()
     linux.keep_capabilities_and_become(*ids, 0)
     linux.set_dumpable(False)
     forbid_imports()
@@ -217,8 +218,11 @@ class Session:
 
     def run(self, program: Program) -> protocol.Fields | None:
         """Start it, pass the command's signals on, and return how it ended; None when it went with its step."""
-        refused_fd, refuses_fd = os.pipe2(os.O_CLOEXEC)
-        pid = os.fork()
+        try:
+            refused_fd, refuses_fd = os.pipe2(os.O_CLOEXEC)
+            pid = os.fork()
+        except OSError as error:  # A limit of its user's is reached.
+            return [("exit", str(NOT_RUN)), ("errno", str(error.errno))]
         if pid == 0:
             _start(program, refuses_fd)
         for fd in (refuses_fd, *program.fds, *program.places.values()):

@@ -37,6 +37,7 @@ GLOBAL_OPTIONS = {
     "--debug": "before the verb: on an error, show where in the program it came from",
 }
 
+STANDARD_ERROR = 2
 EXIT_FAILED = 1
 EXIT_USAGE = 2
 EXIT_INTERRUPTED = 130
@@ -59,6 +60,7 @@ Containers with private networks for Slurm job steps. A step is started by srun:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Entry of the command; returns the exit status."""
+    _fill_standard_descriptors()
     given = list(sys.argv[1:] if arguments is None else arguments)
     debug = given[:1] == ["--debug"]
     given = given[1:] if debug else given
@@ -79,6 +81,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return EXIT_INTERRUPTED
 
 
+def _fill_standard_descriptors() -> None:
+    """Whoever starts this without one of them gets nothing there, and not what is opened next."""
+    while (fd := os.open(os.devnull, os.O_RDWR)) <= STANDARD_ERROR:
+        pass
+    os.close(fd)
+
+
 def _dispatch(given: list[str]) -> int:
     if not given or given[0] in ("-h", "--help", "help"):
         print(usage())
@@ -94,7 +103,8 @@ def _dispatch(given: list[str]) -> int:
         raise errors.usage("", f"no such verb: {given[0]}")
     module = import_module(f"enclos.runtime.cli.{VERBS[given[0]][0]}")
     status = module.run(given[1:])
-    sys.stdout.flush()
+    if sys.stdout is not None:  # It was closed by whoever started this.
+        sys.stdout.flush()
     return int(status)
 
 

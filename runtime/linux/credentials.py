@@ -3,6 +3,7 @@
 Made for processes with one thread, as builders are.
 """
 
+import errno
 from collections.abc import Sequence
 
 from enclos.runtime.linux._linux import ffi, lib
@@ -97,6 +98,18 @@ def set_name(name: str) -> None:
     """The name in ps and top; the kernel keeps 15 bytes of it."""
     buffer = ffi.new("char[]", name.encode()[:15])
     check(lib.enclos_prctl(PR_SET_NAME, int(ffi.cast("uintptr_t", buffer)), 0, 0, 0), name)
+
+
+def new_session_keyring() -> None:
+    """Leave the session keyring that was inherited, with the keys in it, for an empty one.
+
+    A kernel without keyrings, or a filter that forbids them, leaves nothing to leave.
+    """
+    try:
+        check(lib.enclos_new_session_keyring(), "session keyring")
+    except OSError as error:
+        if error.errno not in (errno.ENOSYS, errno.EOPNOTSUPP, errno.EPERM):
+            raise
 
 
 def peer_groups(socket_fd: int, most: int) -> list[int]:

@@ -281,6 +281,12 @@ int enclos_become(uint32_t uid, uint32_t gid, const uint32_t *groups, size_t cou
 	return enclos_capset(capabilities, capabilities, 0);
 }
 
+/* Leave the session keyring that was inherited for an empty one (keyctl(2), KEYCTL_JOIN_SESSION_KEYRING). */
+int enclos_new_session_keyring(void)
+{
+	return syscall(SYS_keyctl, 1, NULL) < 0 ? -1 : 0;
+}
+
 /* How many supplementary groups the peer of a unix socket had when it connected; ERANGE when there are more. */
 int enclos_peer_groups(int socket_fd, uint32_t *groups, unsigned int capacity)
 {

@@ -28,5 +28,6 @@ int enclos_seccomp(const void *program, size_t count);
 int enclos_loop_free(int control_fd);
 int enclos_loop_configure(int loop_fd, int file_fd, const char *name, uint64_t offset, uint64_t size, int writable);
 
+int enclos_new_session_keyring(void);
 int enclos_peer_groups(int socket_fd, uint32_t *groups, unsigned int capacity);
 int enclos_inotify(const char *path, uint32_t events);

@@ -134,6 +134,48 @@ def test_a_node_of_slurms_refuses(cluster: Cluster, image: str) -> None:
     assert re.fullmatch(text, done.stderr.splitlines()[0])
 
 
+def test_the_site_decides(laptop: Cluster, cluster: Cluster, box: Path) -> None:
+    """`never` where there is no Slurm, `always` where there is."""
+    path = laptop.layout.node_etc("n1") / "enclos.yaml"
+    try:
+        path.write_text(f"{CONFIG}  allow: never\n")
+        laptop.restart_agent("n1")
+        done = run(laptop, "true")
+        assert done.returncode == 1
+        assert done.stderr.splitlines()[0] == "enclos: run: not allowed by the administrator on n1"
+    finally:
+        path.write_text(CONFIG)
+        laptop.restart_agent("n1")
+    path = cluster.layout.node_etc("n4") / "enclos.yaml"
+    before = path.read_text()
+    try:
+        path.write_text(f"{before}\nrun:\n  allow: always\n")
+        cluster.restart_agent("n4")
+        done = cluster.run([*RUN, "--container-network=job", BOX, "ls", "/sys/class/net"], "usera", "n4")
+        assert sorted(done.stdout.split()) == ["enclos0", "lo"], done.stderr
+        assert cluster.run(["srun", "-w", "n4", f"--container-image={BOX}", "true"], "usera").returncode == 0
+    finally:
+        path.write_text(before)
+        cluster.restart_agent("n4")
+
+
+def test_the_first_job_ends_that(laptop: Cluster) -> None:
+    """Where Slurm was not to be seen when the agent started, its prolog shows it."""
+    code = (
+        "import socket, sys; s = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET); "
+        "s.connect('/run/enclos/agent.sock'); s.send(b'version=1\\0' + sys.argv[1].encode().replace(b'~', b'\\0')); "
+        "print(s.recv(4096))"
+    )
+    try:
+        told = laptop.run([sys.executable, "-c", code, "verb=job~job=7~uid=61001~nodelist=n1~"], node="n1")
+        assert "status=ok" in told.stdout, told.stderr
+        assert "this machine is a node of Slurm's (a job's prolog) on n1" in run(laptop, "true").stderr
+    finally:
+        laptop.run([sys.executable, "-c", code, "verb=end~job=7~"], node="n1")
+        laptop.restart_agent("n1")
+    assert run(laptop, "true").returncode == 0
+
+
 # ---------------------------------------------------------------- the program
 
 
@@ -217,6 +259,36 @@ def test_it_is_in_the_cgroups_of_the_command(laptop: Cluster) -> None:
         for directory in made:
             until(lambda: not (directory / "cgroup.procs").read_text())  # noqa: B023
             directory.rmdir()
+
+
+def test_limits_that_leave_no_room_are_said(laptop: Cluster) -> None:
+    """The program cannot be forked: not a run that ends without a word."""
+    script = f"ulimit -u 1; exec enclos run {BOX} true"
+    done = laptop.run(["bash", "-c", script], "usera", "n1")
+    assert done.returncode == 126
+    assert done.stderr.startswith("enclos: true: cannot be run in the container (resource temporarily unavailable)")
+
+
+@pytest.mark.parametrize("closed", ["<&-", ">&-", "2>&-", "<&- >&- 2>&-"])
+def test_standard_descriptors_that_are_closed(laptop: Cluster, closed: str) -> None:
+    script = f"enclos run {BOX} sh -c 'ls -l /proc/self/fd; exit 5' {closed}; echo $?"
+    done = laptop.run(["sh", "-c", script], "usera", "n1")
+    assert done.stdout.splitlines()[-1] == "5", done.stderr
+    assert "Traceback" not in done.stderr
+    assert "socket:" not in done.stdout
+
+
+def test_a_session_keyring_of_its_own(laptop: Cluster) -> None:
+    """Not the agent's: who has a keyring has the keys in it."""
+    code = "import ctypes; print(ctypes.CDLL(None).syscall(250, 0, -3, 0))"
+    mounts = ",".join(path for path in ("/usr", "/lib", "/lib64") if Path(path).exists())
+    words = [*RUN, f"--container-mounts={mounts}", BOX, "/usr/bin/python3", "-c", code]
+    found = [laptop.run(words, "usera", "n1") for _ in range(2)]
+    assert found[0].returncode == 0, found[0].stderr
+    if os.uname().machine == "x86_64":
+        assert len({done.stdout for done in found}) == 2
+        own = laptop.run(["/usr/bin/python3", "-c", code], "usera", "n1").stdout
+        assert own not in {done.stdout for done in found}
 
 
 def until(true: Callable[[], bool], seconds: float = WAIT) -> None:
@@ -379,6 +451,17 @@ def test_save(laptop: Cluster) -> None:
     assert (done.returncode, done.stderr, target.exists()) == (137, "", False)
     done = run(laptop, "--container-save=/etc/no.sqsh", "true")
     assert done.returncode == 1 and "--container-save=/etc/no.sqsh" in done.stderr
+
+
+def test_an_agent_that_ends_before_the_container_is_saved(laptop: Cluster) -> None:
+    words = [*RUN, "--container-save=/shared/data/lost.sqsh", BOX, "sh", "-c", "echo up; read line"]
+    with laptop.popen(words, "usera", "n1", stdin=subprocess.PIPE) as running:
+        assert running.stdout is not None and running.stdout.readline() == "up\n"
+        laptop.restart_agent("n1")
+        _, err = running.communicate("\n", timeout=WAIT)
+    assert running.returncode == 1
+    assert err.startswith("enclos: --container-save: the agent ended before the container was saved on n1")
+    assert not (laptop.layout.shared / "data/lost.sqsh").exists()
 
 
 LOG = "--container-entrypoint-log"
@@ -694,6 +777,20 @@ def test_ids_are_the_kernels_word(laptop: Cluster) -> None:
     assert heard[0].startswith("version=1 status=ok step=run.")
     last = [line for line in laptop.agent_log("n1").splitlines() if "step=run." in line and " uid=" in line][-1]
     assert " uid=61001 " in last
+
+
+def test_only_the_agents_own_process_stands_for_slurmstepd(laptop: Cluster) -> None:
+    """Also where root asks: another process cannot be a run's."""
+    code = (
+        "import os, socket; s = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET); "
+        "s.connect('/run/enclos/agent.sock'); s.send(b'version=1\\0verb=join\\0job=0\\0step=1\\0uid=61001\\0"
+        "gid=61001\\0tasks=1\\0task=0\\0option.image=/images/box.sqsh\\0stepd=%d\\0' % os.getpid()); "
+        "print(s.recv(1 << 17).replace(b'\\0', b' ').decode())"
+    )
+    done = laptop.run([sys.executable, "-c", code], "root", "n1")
+    assert "status=error" in done.stdout and "fds=" not in done.stdout, done.stderr
+    assert laptop.run([sys.executable, "-c", code], "usera", "n1").returncode != 0
+    assert ps(laptop, "root") == []
 
 
 @pytest.mark.parametrize(("prefix", "why"), [
