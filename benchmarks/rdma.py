@@ -132,8 +132,9 @@ def measure(rounds: int) -> Samples:
     """All samples, one a round of each case."""
     sys.path[:0] = [str(ROOT / "tests"), str(ROOT / "tests/cluster")]
     import fabric
+    from vm import cards
 
-    fabric.cards.require()
+    cards.require()
     cluster = Cluster.up("bench-rdma", 2, 4, config=CONFIG)
     try:
         fabric.plug_into(cluster)

@@ -396,7 +396,6 @@ class Agent:
             "started": self._started,
             "config": self._config_path,
             "steps": len(self._steps),
-            "rdma": self.around.devices.holdings.describe(),
             "slurm": self._runs.slurm,
             "run": self._runs.allowed,
         }

@@ -726,7 +726,7 @@ def rdma_in_use(text: str, name: str, reason: str) -> EnclosError:
         _rdma(text),
         f"RDMA device {name} is in use",
         reason,
-        "ask for another one, or for a number of them; administrator: 'rdma resource' and 'enclos status' on the node",
+        "ask for another one, or for a number of them; administrator: 'rdma resource' and 'enclos ps' on the node",
     )
 
 

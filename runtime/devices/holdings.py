@@ -347,13 +347,6 @@ class Holdings:
         async with self._turn:
             await self._reclaim()
 
-    def describe(self) -> list[dict[str, Any]]:
-        """What `enclos status` shows."""
-        return [
-            {"device": held.movable.name, "job": held.job, "steps": sorted(_short(step) for step in held.steps)}
-            for held in self._held.values()
-        ]
-
 
 async def _in_thread(work: Callable[[], T]) -> T:
     """The kernel does not stop in the middle of a move: who is cancelled waits for its end before he goes on."""

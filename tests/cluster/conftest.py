@@ -238,7 +238,7 @@ def clean(fragile: Cluster) -> Iterator[Leftovers]:
     yield Leftovers(fragile)
     for node in fragile.nodes:
         fragile.start_agent(node)
-    fragile.run("scancel --user=usera,userb")
+    fragile.run("scancel --user=usera; scancel --user=userb")
     fragile.await_idle()
     assert set(fragile.run(["sinfo", "-h", "-N", "-o", "%T"]).stdout.split()) == {"idle"}
 

@@ -16,7 +16,9 @@ from vm import cards
 from vm.cards import command
 
 PROGRAMS = ("ibv_rc_pingpong", "ibv_devinfo", "ib_write_bw", "ib_write_lat", "rping")
-PROVIDER = Path("/usr/lib/x86_64-linux-gnu/libibverbs/librxe-rdmav34.so")
+# What ldd does not show: the driver's user part, and what threads of rping end with.
+LOADED = ("libibverbs/librxe-rdmav34.so", "libgcc_s.so.1")
+LIBRARIES = Path("/usr/lib/x86_64-linux-gnu")
 IMAGE = "/images/verbs.sqsh"
 
 # OpenMPI 4.1 over verbs: connections by rdma_cm, and nothing over TCP.
@@ -86,11 +88,11 @@ def make_image(images: Path) -> None:
     made = image.make("openmpi")
     root = images / "verbs"
     subprocess.run(["cp", "-a", str(made.directory), str(root)], check=True)
-    openmpi = Path("/usr/lib/x86_64-linux-gnu/openmpi/lib/openmpi3")
+    openmpi = LIBRARIES / "openmpi/lib/openmpi3"
     components = [openmpi / f"mca_{name}.so" for name in ("btl_openib", "mpool_hugepage", "rcache_grdma")]
     programs = [Path(found) for name in PROGRAMS if (found := shutil.which(name))]
     assert len(programs) == len(PROGRAMS), "`make deps` installs what is missing"
-    wanted = [*programs, PROVIDER, *(path for path in components if path.exists())]
+    wanted = [*programs, *(LIBRARIES / name for name in LOADED), *(path for path in components if path.exists())]
     libraries = [library for path in wanted for library in image.libraries(path)]
     for path in [*wanted, *libraries]:
         target = root / path.parent.resolve().relative_to("/") / path.name

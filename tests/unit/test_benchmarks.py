@@ -9,7 +9,7 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from benchmarks import agent, figures, launch, loglines, machine, plots, report
+from benchmarks import agent, figures, launch, loglines, machine, plots, rdma, report
 from benchmarks.figures import Figures
 from benchmarks.result import Chart, Claim, Result, Table
 
@@ -185,3 +185,26 @@ def test_the_report(tmp_path: Path) -> None:
         assert "![one-1-node-1-task.png](one-1-node-1-task.png)" in text
     else:
         assert not list(tmp_path.glob("*.png"))
+
+
+PERFTEST = """\
+---------------------------------------------------------------------------------------
+ #bytes #iterations    t_min[usec]    t_max[usec]  t_typical[usec]    t_avg[usec]
+ 2       300          101.50         915.20       120.25             133.00
+---------------------------------------------------------------------------------------
+"""
+
+
+def test_rows_of_perftest() -> None:
+    row = rdma.ROW.search(PERFTEST)
+    assert row is not None and row[rdma.VERBS[rdma.LATENCY][1]] == "120.25"
+    row = rdma.ROW.search(" 65536      100              88.10              85.31                 0.0013\n")
+    assert row is not None and row[rdma.VERBS[rdma.BANDWIDTH][1]] == "85.31"
+
+
+def test_a_container_that_costs_verbs_something_is_missed() -> None:
+    cases = {"node": [100.0, 200.0, 100.0], "container": [101.0, 203.0, 100.0], "overlay TCP": [50.0, 60.0, 55.0]}
+    slower = {**cases, "container": [110.0, 220.0, 110.0]}
+    result = rdma.judge({rdma.LATENCY: cases, rdma.BANDWIDTH: slower}, Result(rdma.NAME, rdma.TITLE))
+    assert [(claim.measured, claim.kept) for claim in result.claims] == [("1.010", True), ("1.100", False)]
+    assert result.notes[0] == "latency, us: TCP over the overlay is 0.55 of verbs"

@@ -170,7 +170,7 @@ def test_steps_of_a_job_share_and_others_are_told(
         take(held, "mlx5_0", asker(place, 8, network="host"))
     assert take(held, "auto", asker(place, 8)) == ["mlx5_1", "mlx5_2"]
     asyncio.run(held.give_back("step.7.0.99"))
-    assert kernel.where["mlx5_0"] != HOME and held.describe()[0]["steps"] == ["7.1"]
+    assert kernel.where["mlx5_0"] != HOME and records(tmp_path)[f"rdma.{1:016x}"]["steps"] == ["step.7.1.99"]
     asyncio.run(held.give_back("step.7.1.99"))
     assert kernel.where["mlx5_0"] == HOME
 
@@ -215,7 +215,7 @@ def test_a_move_that_fails_takes_the_others_back(kernel: Kernel, tmp_path: Path,
     held = make(tmp_path)
     with pytest.raises(EnclosError, match=r"cannot move the RDMA device .* \(mlx5_2: \[errno 95\] Operation not"):
         take(held, "3", asker(place, 7))
-    assert set(kernel.where.values()) == {HOME} and records(tmp_path) == {} and held.describe() == []
+    assert set(kernel.where.values()) == {HOME} and records(tmp_path) == {}
     kernel.failing.clear()
     assert take(held, "3", asker(place, 8)) == ["mlx5_0", "mlx5_1", "mlx5_2"]
 
@@ -247,7 +247,7 @@ def test_another_agent_knows_whose_they_are(kernel: Kernel, tmp_path: Path, plac
     # Job 8's step is gone: what nobody has comes back, the other stays.
     asyncio.run(after.reclaim())
     assert kernel.where["mlx5_0"] != HOME and kernel.where["mlx5_1"] == HOME
-    assert [row["job"] for row in after.describe()] == [7]
+    assert [row["job"] for row in records(tmp_path).values()] == [7]
     asyncio.run(after.give_back("step.7.0.99"))
     assert set(kernel.where.values()) == {HOME} and records(tmp_path) == {}
 
@@ -284,7 +284,7 @@ def test_a_damaged_record_is_ignored(kernel: Kernel, tmp_path: Path, damage: str
     (tmp_path / "rdma.0000000000000001").write_text(damage)
     after = make(tmp_path)
     after.adopt([], {})
-    assert after.describe() == [] and records(tmp_path) == {}
+    assert records(tmp_path) == {}
 
 
 def test_a_step_that_is_given_up_while_it_moves_leaves_nothing(
@@ -312,7 +312,7 @@ def test_a_step_that_is_given_up_while_it_moves_leaves_nothing(
             await task
 
     asyncio.run(give_up())
-    assert set(kernel.where.values()) == {HOME} and records(tmp_path) == {} and held.describe() == []
+    assert set(kernel.where.values()) == {HOME} and records(tmp_path) == {}
 
 
 def test_a_full_disk_moves_nothing(
@@ -326,4 +326,4 @@ def test_a_full_disk_moves_nothing(
     monkeypatch.setattr(os, "rename", full)
     with pytest.raises(EnclosError):
         take(held, "1", asker(place, 7))
-    assert set(kernel.where.values()) == {HOME} and kernel.seen == [] and held.describe() == []
+    assert set(kernel.where.values()) == {HOME} and kernel.seen == []
