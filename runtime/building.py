@@ -650,7 +650,9 @@ class NodeStep(Step):
         if self._net_fd >= 0 and self.request.interface_variables:
             names = ["lo", *([self._around.config.network.ifname] if self.network == "job" else [])]
             addresses = [address for address in self.addresses if address]
-            unset = environment.unset_interfaces(self.request.interface_variables, names, addresses)
+            names += self._around.devices.holdings.interfaces(self.record_name)
+            rdma = [device.partition("=")[2] for device in self.container.devices if device.startswith("rdma=")]
+            unset = environment.unset_interfaces(self.request.interface_variables, names, addresses, rdma)
             fields += [("unset", name) for name in unset.names]
             if unset.notice:
                 self._notices.append(unset.notice)

@@ -270,6 +270,11 @@ class Holdings:
                 held.steps.add(step)
                 self._journal.write(held.record_name, held.record())
 
+    def interfaces(self, step: str) -> list[str]:
+        """The names of the network interfaces that came to a step's network with its devices."""
+        own = [held for held in self._held.values() if step in held.steps]
+        return [row.name for held in own for row in held.movable.interfaces]
+
     async def give_back(self, step: str) -> None:
         """A step has ended: what no other step of its job has goes back to the node. An unknown step is fine."""
         for name in [name for name, steps in self._shared.items() if step in steps]:

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 
 import fabric
 import pytest
-from conftest import Result, plain, require_pmix
+from conftest import Result, plain, require_pmix, said
 from enclos.runtime.cluster.cluster import Cluster, Running
 from fabric import IMAGE, on
 from vm import cards
@@ -159,6 +159,10 @@ def test_a_device_is_in_the_network_of_its_job_alone(cluster: Cluster) -> None:
     assert re.sub(r"\s+", " ", shown.stdout).strip() == (
         "rdma_cm uverbs0 rx0 enclos0 lo vf0 hca_id: rx0 state: PORT_ACTIVE (4) 10.78.0.1/19"
     )
+    kept = {"UCX_NET_DEVICES": "rx0:1", "NCCL_SOCKET_IFNAME": "vf0"}
+    words = ["srun", "-N1", "-w", "n1", "-c1", *OPTIONS, "--container-rdma=rx0", "sh", "-c"]
+    told = cluster.run([*words, "echo $UCX_NET_DEVICES $NCCL_SOCKET_IFNAME"], "usera", env=kept, timeout=120)
+    assert (told.stdout, said(told.stderr)) == ("rx0:1 vf0\n", [])
     without = srun(cluster, "sh", "-c", "ls /dev/infiniband 2> /dev/null; ls /sys/class/infiniband; ls /sys/class/net")
     assert without.stdout.split() == ["enclos0", "lo"]
     assert_home(cluster)
