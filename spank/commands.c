@@ -266,8 +266,8 @@ static int keep_part(void)
 		free(text);
 		return -1;
 	}
-	if (size > 0)
-		part_setenv(PART_OPTIONS_VARIABLE, text);
+	/* Also where there is none: a part that nothing is known of does not run (options_of_part). */
+	part_setenv(PART_OPTIONS_VARIABLE, text);
 	free(text);
 	return 0;
 }
@@ -300,6 +300,10 @@ static void tell_outside(bool last)
 /* Called in the commands when the options are known, in a heterogeneous srun once per part. */
 int commands_check(spank_t spank)
 {
+	if (parts_lost()) {
+		slurm_error("enclos: which container options are which part's cannot be told; write --het-group=N before them");
+		return -1;
+	}
 	if (settle_flags() != 0 || expand_profile() != 0 || check_image_given() != 0 || check_networks() != 0 ||
 	    settle_image() != 0)
 		return -1;

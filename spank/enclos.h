@@ -50,6 +50,7 @@ int commands_check(spank_t spank);
 #define PARTS_UNKNOWN (-2)
 int parts_current(void);
 bool parts_last(void);
+bool parts_lost(void);
 void parts_next(void);
 void parts_forget(void);
 const char *part_getenv(const char *name);

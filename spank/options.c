@@ -267,12 +267,10 @@ bool options_of_part(spank_t spank)
 
 	if (parts_own(spank) == PARTS_NONE)
 		return true;
-	/* A part without options has no variable. */
+	/* A part without options has an empty variable. */
 	if (parts_own(spank) != PARTS_UNKNOWN) {
 		unset_handed_over(spank);
-		if (!part_spank_getenv(spank, PART_OPTIONS_VARIABLE, text, sizeof(text)))
-			text[0] = '\0';
-		if (take_all(text))
+		if (part_spank_getenv(spank, PART_OPTIONS_VARIABLE, text, sizeof(text)) && take_all(text))
 			return true;
 	}
 	report_keep_hint("container options: which part of the heterogeneous step this is cannot be told",

@@ -69,30 +69,51 @@ static const char *het_group(const char *word, const char *next)
 {
 	static const char name[] = "--het-group";
 	size_t length = strcspn(word, "=");
+	const char *value = word[length] == '=' ? word + length + 1 : next;
 
-	if (length < sizeof("--he") - 1 || length > sizeof(name) - 1 || strncmp(word, name, length) != 0)
+	if (length < sizeof("--he") - 1 || length > sizeof(name) - 1 || strncmp(word, name, length) != 0 || value == NULL)
 		return NULL;
-	return word[length] == '=' ? word + length + 1 : next;
+	return *value != '\0' && value[strspn(value, "0123456789,-")] == '\0' ? value : NULL;
 }
 
-/* Cuts the words of srun's own command line at each `:`, as srun does. A step without one has one component. */
+/* May the word behind this one be its value? What has one in it (-n4, --ntasks=4) takes no other. */
+static bool may_take_next(const char *word)
+{
+	if (strncmp(word, "--", 2) == 0)
+		return word[2] != '\0' && strchr(word, '=') == NULL;
+	return word[0] == '-' && word[1] != '\0' && word[2] == '\0';
+}
+
+/*
+ * Cuts the words of srun's own command line at each `:`, as srun does. A step without one has one component. What
+ * follows a component's program is the program's, whatever it looks like. Which options take a value is not known here:
+ * where a flag hides the program, a word of it may be taken for srun's. Then some part is not among the calls, and has
+ * no options in its slurmstepd, which is an error there.
+ */
 static void read_components(const char *words, const char *end)
 {
 	const char *group = NULL;
+	bool in_program = false, value = false;
 
-	for (const char *word = words, *next; word < end; word = next) {
+	for (const char *word = words + strlen(words) + 1, *next; word < end; word = next) {
+		bool separator = strcmp(word, ":") == 0;
+
 		next = word + strlen(word) + 1;
-		if (group == NULL)
-			group = het_group(word, next < end ? next : NULL);
-		if (next < end && strcmp(next, ":") != 0)
+		if (!separator && !in_program) {
+			in_program = strcmp(word, "--") == 0 || (word[0] != '-' && !value);
+			value = may_take_next(word);
+			if (group == NULL && !in_program)
+				group = het_group(word, next < end ? next : NULL);
+		}
+		if (!separator && next < end)
 			continue;
 		if (group != NULL)
 			add_group(group);
 		else
 			add_call(calls.components);
 		group = NULL;
+		in_program = value = false;
 		calls.components++;
-		next += next < end ? sizeof(":") : 0;
 	}
 }
 
@@ -131,6 +152,12 @@ int parts_current(void)
 bool parts_last(void)
 {
 	return calls.at + 1 >= calls.count;
+}
+
+/* srun has more parts than were found on its command line: nobody knows which one this is. */
+bool parts_lost(void)
+{
+	return several() && calls.at >= calls.count;
 }
 
 /* Its options are settled; the next one's follow. */

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -79,6 +79,22 @@ def test_each_part_of_a_step_has_its_own_profile(het: Cluster) -> None:
 def test_parts_are_told_by_their_group(het: Cluster) -> None:
     script = f'srun --het-group=1 {IMAGE} --container-remap-root sh -c "$S" : --het-group 0 {IMAGE} sh -c "$S"'
     assert parts(het, script) == ["n1 61001 host", "n2 0 host"]
+
+
+@pytest.mark.parametrize("own", [("--het", "1"), ("--het", "--out"), ("--he=7",), ("--", "--het-group=1")])
+def test_arguments_of_a_program_are_not_taken_for_options_of_srun(het: Cluster, own: Sequence[str]) -> None:
+    """Taken for --het-group, they gave the first part's container to another part, and it ran outside."""
+    first = f"{IMAGE} --container-remap-root sh -c \"$S\" sh {' '.join(own)}"
+    script = f'srun -n 1 {first} : -l -n1 {IMAGE} --container-mounts=/shared:/two sh -c "$S"'
+    assert sorted(line.removeprefix("1: ") for line in parts(het, script)) == ["n1 0 host", "n2 61001 two host"]
+
+
+def test_a_part_that_cannot_be_told_does_not_run(het: Cluster) -> None:
+    """A flag before the program: srun's options may go on behind it, as far as the plugin knows."""
+    script = f'srun {IMAGE} --exclusive plink --het 1 : {IMAGE} --exclusive sh -c "$S"; echo $?'
+    done = het.run(["salloc", "-Q", "-n1", "-w", "n1", ":", "-n1", "-w", "n2", "bash", "-c", script], "usera")
+    assert done.stdout.splitlines()[-1] == "1"
+    assert "which part" in done.stderr
 
 
 def test_what_holds_for_a_whole_command_holds_for_each_part(het: Cluster) -> None:
