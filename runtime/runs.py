@@ -145,7 +145,8 @@ class _Client:
             raise errors.run_confined("it runs with the rights of another user")
         if status.get("Seccomp", "0").strip() != "0":
             raise errors.run_confined("its system calls are filtered")
-        for kind, words in (("user", "user namespace"), ("pid", "pid namespace")):
+        # A network, too: one that root made (PrivateNetwork= of systemd) is not left by --container-network=host.
+        for kind, words in (("user", "user namespace"), ("pid", "pid namespace"), ("net", "network namespace")):
             if os.stat(f"/proc/{self._pid}/ns/{kind}").st_ino != os.stat(f"/proc/self/ns/{kind}").st_ino:
                 raise errors.run_confined(f"it is in another {words}")
 

@@ -804,6 +804,14 @@ def test_nobody_leaves_a_sandbox_by_it(laptop: Cluster, prefix: list[str], why: 
     assert done.stderr.splitlines()[0] == text
 
 
+def test_nobody_leaves_a_network_namespace_by_it(laptop: Cluster) -> None:
+    """One that root made for a program that shall have no network (PrivateNetwork= of systemd)."""
+    become = ["setpriv", "--reuid=61001", "--regid=61001", "--init-groups"]
+    done = laptop.run(["unshare", "-n", *become, *RUN, BOX, "ls", "/sys/class/net"], "root", "n1")
+    assert "it is in another network namespace" in done.stderr.splitlines()[0]
+    assert done.stdout == ""
+
+
 def test_nobody_leaves_his_system_call_filter_by_it(laptop: Cluster) -> None:
     """A filter that allows everything is one."""
     script = (
