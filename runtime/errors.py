@@ -247,12 +247,12 @@ def image_not_in_store(reference: str, directories: Sequence[str]) -> EnclosErro
     )
 
 
-def store_unusable(directory: str, number: int) -> EnclosError:
-    """`enclos image` cannot read or write a store."""
+def store_unusable(directory: str, number: int, detail: str = "") -> EnclosError:
+    """`enclos image` cannot read or write a store, or it is somebody else's."""
     return UserError(
         directory,
         "cannot be used as a store of images",
-        reason(number),
+        detail or reason(number),
         "is it yours, on a file system that is mounted and has room?",
     )
 
@@ -470,6 +470,16 @@ def store_failed(reference: str, directory: str, number: int) -> EnclosError:
         f"cannot write to the image cache {directory}",
         reason(number),
         f"{ADMIN}imports.cache_directory in enclos.yaml",
+    )
+
+
+def store_not_roots(reference: str, directory: str, detail: str) -> EnclosError:
+    """Somebody else than root can put images into the node's cache."""
+    return AdminError(
+        _image(reference),
+        f"the image cache {directory} is not root's alone",
+        detail,
+        f"{ADMIN}stop enclosd, remove that, and let enclosd make it; or another imports.cache_directory",
     )
 
 

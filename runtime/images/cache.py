@@ -15,6 +15,7 @@ the image came knows who may have it. So whoever asks by way of another brings a
 from __future__ import annotations
 
 import contextlib
+import errno
 import logging
 import math
 import os
@@ -24,6 +25,7 @@ from collections import Counter
 from collections.abc import Iterable
 from dataclasses import replace
 
+from enclos.runtime.images import place
 from enclos.runtime.images.layout import UNFINISHED, ImageRecord, Store
 
 log = logging.getLogger("enclosd")
@@ -41,6 +43,8 @@ class Cache:
         self._limit = limit_bytes
         self._verified = verified
         self._held: Counter[str] = Counter()
+        # Why nothing may be put there or taken from it: others than root could have put it there.
+        self.refused = ""
 
     def open(self) -> None:
         """Make the directories, and remove what imports before this agent left. Raises OSError.
@@ -48,6 +52,9 @@ class Cache:
         Layers that they had fetched stay for a day: whoever asks again goes on with them.
         """
         self.store.make()
+        if words := place.stranger(self.store.directory, os.geteuid()):
+            self.refused = words
+            raise PermissionError(errno.EPERM, words, self.store.directory)
         os.makedirs(self._verified, VERIFIED_MODE, exist_ok=True)
         self.remove_unnamed()
         self.remove_old_work()

@@ -27,6 +27,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from urllib.parse import quote, unquote
 
+from enclos.runtime import errors
+from enclos.runtime.images import place
 from enclos.runtime.images.layout import UNFINISHED, Store, hex_of
 
 FORMAT = 1
@@ -63,8 +65,12 @@ class FileStore:
         self.directory = directory
 
     def make(self) -> None:
+        """Make the directories that are missing. Raises EnclosError for a store that is somebody else's, too."""
         for name in ("images", "names", "work"):
             os.makedirs(f"{self.directory}/{name}", 0o755, exist_ok=True)
+        for name in ("", "/images", "/names", "/work"):
+            if words := place.stranger(f"{self.directory}{name}", os.geteuid()):
+                raise errors.store_unusable(self.directory, 0, words)
         self.work.make()
 
     def image_path(self, digest: str) -> str:

@@ -261,6 +261,8 @@ class Importer:
         """The work directory, the slot's now. An empty file stands for a layer that need not be fetched (fetch.py)."""
         work = self._store.work_path(resolved.digest, self._order.uid)
         blobs = f"{work}/blobs/sha256"
+        if os.path.islink(f"{work}/blobs") or os.path.islink(blobs):
+            shutil.rmtree(work)  # An import before this one was led astray.
         os.makedirs(blobs, 0o700, exist_ok=True)
         for layer in resolved.layers:
             path = f"{blobs}/{layer.digest.partition(':')[2]}"

@@ -87,6 +87,8 @@ class Imports:
         Raises:
             EnclosError.
         """
+        if self.cache.refused:
+            raise errors.store_not_roots(want.reference.text, self._config.cache_directory, self.cache.refused)
         for attempt in range(1, ATTEMPTS + 1):
             try:
                 record = await self._find_or_import(want, progress)

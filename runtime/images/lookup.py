@@ -11,7 +11,7 @@ import pwd
 import socket
 
 from enclos.runtime import linux
-from enclos.runtime.images import stores
+from enclos.runtime.images import place, stores
 from enclos.runtime.images.filestore import FileStore
 from enclos.runtime.protocol import Message, send
 
@@ -35,15 +35,18 @@ def run(channel: socket.socket, request: Message) -> int:
     Answers `found` with `digest`, `path` and `config`, or `none`.
     """
     uid = request.number("uid")
-    directories = [request.get("site"), stores.user_directory(request.get("template"), uid)]
+    directories = [(request.get("site"), 0), (stores.user_directory(request.get("template"), uid), uid)]
     groups = [int(group) for group in request.all("group")]
     linux.drop_bounding_set(0)
     linux.keep_capabilities_and_become(uid, request.number("gid"), groups, 0)
     linux.set_no_new_privileges()
     os.chdir("/")
-    for directory in filter(None, directories):
+    for directory, owner in directories:
         store = FileStore(directory)
         try:
+            # What another user may have put there is not what this one asked for.
+            if not directory or place.stranger(directory, owner):
+                continue
             digest = request.get("digest") or store.digest_of(request.get("name"))
             image = store.find(digest) if digest else None
         except (OSError, ValueError):

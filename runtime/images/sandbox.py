@@ -191,7 +191,8 @@ def _limit(rights: Rights) -> None:
         resource.RLIMIT_FSIZE: rights.file_bytes,
         resource.RLIMIT_NPROC: rights.processes,
         resource.RLIMIT_NOFILE: 512,
-        resource.RLIMIT_CORE: 0,
+        # A password may be in it. With 0 a program in core_pattern still gets the dump, with 1 not (fs/coredump.c).
+        resource.RLIMIT_CORE: 1,
         resource.RLIMIT_MEMLOCK: 0,
         resource.RLIMIT_MSGQUEUE: 0,
     }

@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
 import subprocess
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -94,6 +96,59 @@ def test_the_kernel_mounts_only_the_sites(stores: Cluster) -> None:
         stores.await_idle()
         assert found == servers
         assert step["digest"].startswith("sha256:")
+
+
+def test_a_store_that_another_made_is_passed_over(stores: Cluster) -> None:
+    """The site's is root's, a user's is his: otherwise who made the directory first chose what others run."""
+    site, own = stores.layout.shared / "site", stores.layout.homes / "usera/.local/share/enclos/images"
+    for store, image in ((site, "tools:site"), (own, "tools:own")):
+        owner = store.stat()
+        os.chown(store, 61002, 61002)
+        done = ask(stores, image)
+        os.chown(store, owner.st_uid, owner.st_gid)
+        assert done.returncode != 0 and "registry.invalid" in done.stderr and done.stdout == ""
+        assert ask(stores, image).returncode == 0
+
+
+def test_a_store_on_a_file_system_of_its_user(stores: Cluster) -> None:
+    """FUSE: root's processes are kept out of it, and one that hangs holds up its own user alone."""
+    own = stores.layout.homes / "usera/.local/share/enclos/images"
+    packed = stores.layout.shared / "store.sqsh"
+    command = ["mksquashfs", str(own), str(packed), "-all-root", "-noappend", "-quiet", "-no-progress"]
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+    place = stores.layout.homes / "usera/store"
+    place.mkdir()
+    os.chown(place, 61001, 61001)
+    # On some machines /dev/fuse is closed to users; on this node it is not.
+    device = "mknod -m 666 /var/tmp/fuse c 10 229 && mount --bind /var/tmp/fuse /dev/fuse"
+    assert (done := stores.run(device, node="n1")).returncode == 0, done.stderr
+    mounting = "squashfuse /shared/store.sqsh ~/store"
+    assert (done := stores.run(mounting, "usera", "n1")).returncode == 0, done.stderr
+    own.rename(own.with_name("aside"))
+    own.symlink_to("/home/usera/store")
+    words = ["srun", "-w", "n1", "--overlap", "--container-image=tools:own", "cat", "/from"]
+    try:
+        # The kernel lets nobody in but processes that are wholly its user's, which a builder is not yet.
+        done = stores.run(words, "usera")
+        assert (done.returncode, done.stdout) == (1, "") and "image is not readable (permission denied)" in done.stderr
+        (server,) = processes(stores, "n1", "squashfuse")
+        os.kill(server, signal.SIGSTOP)
+        waiting = stores.popen(words, "usera")
+        begin = time.monotonic()
+        other = ["srun", "-w", "n1", "--overlap", "--container-image=tools:site", "cat", "/from"]
+        assert stores.run(other, "userb").stdout == "site\n"
+        assert time.monotonic() - begin < 8
+        output, text = waiting.communicate(timeout=60)
+        assert waiting.returncode == 1 and output == "" and "registry.invalid" in text, text
+        os.kill(server, signal.SIGCONT)
+    finally:
+        stores.run("scancel --user=usera")
+        stores.await_idle()
+        stores.run("fusermount -u ~/store", "usera", "n1")
+        stores.run("umount /dev/fuse; rm /var/tmp/fuse", node="n1")
+        own.unlink()
+        own.with_name("aside").rename(own)
+    assert ask(stores, "tools:own").stdout == "usera\nusera\n"
 
 
 @pytest.mark.parametrize("damage", ["names", "record", "file", "closed"])

@@ -368,6 +368,20 @@ def test_layers_of_a_dead_import_are_kept_for_a_day(site: Cluster, name: str, da
     shutil.rmtree(work, ignore_errors=True)
 
 
+def test_a_cache_that_a_user_made_first(site: Cluster) -> None:
+    """Nothing is put there, and nothing taken from it; steps with other images run."""
+    reference, _ = push(site, "planted")
+    assert run(site, reference, "true").returncode == 0
+    cache = site.layout.node_cache("n1")
+    os.chown(cache, 61002, 61002)
+    site.restart_agent("n1")
+    done = run(site, reference, "true")
+    os.chown(cache, 0, 0)
+    site.restart_agent("n1")
+    assert done.returncode == 1 and re.search(r"is not root's alone \(\S+ belongs to uid 61002\) on n1", done.stderr)
+    assert run(site, reference, "true").returncode == 0
+
+
 def test_an_mpi_job_from_a_registry(site: Cluster) -> None:
     image.make()
     reference = registry.push_demo_image(site)

@@ -454,6 +454,9 @@ def test_what_a_look_at_the_importer_shows(private: Registry, store: Store, tmp_
                     looked_at += 1
                 if status.get("Uid", "").split()[:1] == [str(SLOT)]:
                     seen[status["Name"]] = status
+                    with contextlib.suppress(OSError):
+                        limits = Path(f"/proc/{pid}/limits").read_text()
+                        assert re.search(r"^Max core file size +1 +1 ", limits, re.MULTILINE), limits
         elif message["state"] == ["resolved"]:
             running.go()
         elif message["state"] == ["error"]:
@@ -463,6 +466,70 @@ def test_what_a_look_at_the_importer_shows(private: Registry, store: Store, tmp_
         assert status["Uid"].split() == [str(SLOT)] * 4 and status["Groups"] == ""
         assert {status[name] for name in ("CapPrm", "CapEff", "CapBnd", "CapAmb")} == {"0" * 16}
         assert status["NoNewPrivs"] == "1" and len(status["NSpid"].split()) == 2
+
+
+def test_an_import_finds_nothing_of_the_one_before(
+    private: Registry, store: Store, tmp_path: Path, home: Path
+) -> None:
+    """The same slot, two users: no process of the first lives, its layers are out of reach for their owner."""
+    write_layout(tmp_path / "layout", [LAYERS[0], layer([Entry("own", data=os.urandom(30 << 20))])])
+    private.push(tmp_path / "layout", "before")
+    (home / "auth.json").write_text(private.auth_json())
+    (home / "auth.json").chmod(0o644)
+    first = Import(f"docker://{private.address}/before:t", store, auth_files=(str(home / "auth.json"),))
+    first.receive()
+    first.go()
+    while not list(Path(store.directory).glob("work/*/blobs/sha256/*")):
+        time.sleep(0.001)
+    first.process.kill()
+    first.end()
+    deadline = time.monotonic() + 10
+    while of_slot() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert of_slot() == []
+    (left_there,) = left(store)["work"]
+    path = f"{store.directory}/work/{left_there}"
+    assert os.stat(path).st_uid == SLOT
+
+    def look(channel: socket.socket) -> None:
+        reached = [name for name in (path, f"{path}/blobs/sha256", "/tmp/auth.json") if os.path.lexists(name)]
+        others = [name for name in os.listdir("/proc") if name.isdigit() and name != str(os.getpid())]
+        root = os.listdir("/work")
+        ipc = Path("/proc/sysvipc/shm").read_text().count("\n") - 1
+        protocol.send(channel, [("found", repr((reached, others, root, ipc)))])
+
+    own = tmp_path / "own"
+    own.mkdir()
+    os.chown(own, SLOT, SLOT)
+    running = sandbox.start("look", look, Rights(SLOT, True, 1 << 30, 1 << 20), str(own))
+    message = protocol.receive(running.channel)
+    assert message is not None and message.get("found") == repr(([], [], [], 0))
+    running.end()
+
+
+def of_slot() -> list[str]:
+    """Processes with the slot's uid, anywhere."""
+    found = []
+    for entry in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            if os.stat(entry).st_uid == SLOT or f"\nUid:\t{SLOT}\t" in (entry / "status").read_text():
+                found.append(entry.name)
+    return found
+
+
+def test_a_work_directory_with_links_in_it(registry: Registry, store: Store, tmp_path: Path) -> None:
+    """As a fetcher that was taken over could leave it: the next import of this user follows none."""
+    digest = write_layout(tmp_path / "layout", LAYERS)
+    registry.push(tmp_path / "layout", "led")
+    elsewhere = tmp_path / "elsewhere"
+    (elsewhere / "sha256").mkdir(parents=True)
+    work = Path(store.work_path(digest, USER))
+    for link, target in ((work / "blobs", elsewhere), (work / "blobs/sha256", elsewhere / "sha256")):
+        link.parent.mkdir(parents=True)
+        link.symlink_to(target)
+        imported(f"docker://{registry.address}/led:t", store)
+        assert os.listdir(elsewhere) == ["sha256"] and os.listdir(elsewhere / "sha256") == []
+        assert left(store)["work"] == []
 
 
 def test_a_killed_import_leaves_nothing_but_layers_and_resumes(

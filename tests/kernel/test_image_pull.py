@@ -337,6 +337,41 @@ def test_a_store_that_cannot_be_written(caller: Caller) -> None:
     assert f"enclos: {closed}: cannot be used as a store of images (permission denied)" in done.stderr
 
 
+@pytest.mark.parametrize("change", ["owner", "owner of names", "everybody", "link", "above"])
+def test_a_store_that_is_not_ones_own(registry: Registry, change: str) -> None:
+    """Whoever made it first, or may exchange it, would choose what everybody runs."""
+    with tempfile.TemporaryDirectory(prefix="enclos-pull-") as name:
+        above, store = Path(name, "above"), Path(name, "above/store")
+        (store / "names").mkdir(parents=True)
+        for path in (Path(name), above, store, store / "names"):
+            path.chmod(0o755)
+        match change:
+            case "owner":
+                os.chown(store, DAEMON, DAEMON)
+                words = f"{store} belongs to uid {DAEMON}"
+            case "owner of names":
+                os.chown(store / "names", DAEMON, DAEMON)
+                words = f"{store}/names belongs to uid {DAEMON}"
+            case "everybody":
+                store.chmod(0o777)
+                words = f"others may write to {store}"
+            case "link":
+                store = Path(name, "link")
+                store.symlink_to(above / "store")
+                os.chown(store, DAEMON, DAEMON, follow_symlinks=False)
+                words = f"{store} belongs to uid {DAEMON}"
+            case _:
+                above.chmod(0o777)
+                words = f"others may write to {above}"
+        done = Caller(0, store, registry).run("pull", "small:t")
+        assert done.returncode == 1 and done.stdout == ""
+        assert f"enclos: {store}: cannot be used as a store of images ({words})" in done.stderr
+        assert not list(Path(name).rglob("*.json")) and not list(Path(name).rglob("*.sqsh"))
+        if change == "above":
+            above.chmod(0o1777)
+            assert Caller(0, store, registry).run("pull", "small:t").returncode == 0
+
+
 def test_a_user_without_a_store_is_told(tmp_path: Path, registry: Registry) -> None:
     caller = Caller(DAEMON, tmp_path / "store", registry)
     caller.env["ENCLOS_IMAGES_USER_STORE"] = ""

@@ -67,6 +67,7 @@ SAMPLES: dict[str, tuple[object, ...]] = {
     "image_too_large": (TOOL, "more than 1000000 files", "imports.limit_files"),
     "store_full": (TOOL,),
     "store_failed": (TOOL, "/var/cache/enclos", errno.EROFS),
+    "store_not_roots": (TOOL, "/local/enclos", "/local/enclos belongs to uid 61001"),
     "import_failed": (TOOL, "a layer did not arrive"),
     "import_timed_out": (TOOL, 3600),
     "program_missing": ("skopeo",),
