@@ -322,6 +322,9 @@ class Agent:
         except Exception:
             log.exception("%s failed", message.get("verb"))
             return self._refusal(errors.build_failed("(see the agent's log)", 0)), []
+        finally:
+            if caller is not None:
+                caller.close()
 
     async def _answer_user(self, message: protocol.Message, uid: int) -> list[tuple[str, str]]:
         try:
@@ -404,7 +407,7 @@ class Agent:
 def _caller(connection: Connection) -> runs.Caller:
     """Root, who asks the agent itself."""
     pid, uid, gid = connection.peer()
-    return runs.Caller(pid, uid, gid, connection.peer_groups())
+    return runs.Caller(pid, uid, gid, connection.peer_groups(), connection.peer_pidfd())
 
 
 def _visitor(message: protocol.Message, uid: int) -> runs.Caller | None:
@@ -412,7 +415,8 @@ def _visitor(message: protocol.Message, uid: int) -> runs.Caller | None:
     if not message.get("pid"):
         return None
     groups = tuple(int(group) for group in message.get("groups").split(",") if group)
-    return runs.Caller(message.number("pid"), uid, message.number("gid"), groups)
+    pidfd = message.take_fds()[0] if message.fds else -1
+    return runs.Caller(message.number("pid"), uid, message.number("gid"), groups, pidfd)
 
 
 def _send_progress(connection: Connection, text: str) -> None:

@@ -75,6 +75,10 @@ class Connection:
         """The peer's supplementary groups at the time it connected; OSError where they are very many."""
         return tuple(linux.peer_groups(self._socket.fileno(), MOST_GROUPS))
 
+    def peer_pidfd(self) -> int:
+        """See protocol.peer_pidfd."""
+        return protocol.peer_pidfd(self._socket)
+
     def close(self) -> None:
         self._socket.close()
 

@@ -7,6 +7,7 @@ The same encoding serves the shim, the users' socket, and the channel between ag
 from __future__ import annotations
 
 import array
+import errno
 import os
 import socket
 from collections.abc import Iterable, Mapping, Sequence
@@ -16,6 +17,7 @@ VERSION = 1
 OLDEST_VERSION = 1
 MAX_PACKET_BYTES = 131072
 MAX_DESCRIPTORS = 64
+SO_PEERPIDFD = 77
 
 Fields = Iterable[tuple[str, str]]
 
@@ -142,3 +144,16 @@ def peer_credentials(connection: socket.socket) -> tuple[int, int, int]:
     raw = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12)
     pid, uid, gid = array.array("i", raw)
     return pid, uid & 0xFFFFFFFF, gid & 0xFFFFFFFF
+
+
+def peer_pidfd(connection: socket.socket) -> int:
+    """A pidfd of the process that connected, the caller's; -1 before Linux 6.5, which has no SO_PEERPIDFD.
+
+    Its pid may be another process' by now: this is the one that the credentials belong to. OSError when it is gone.
+    """
+    try:
+        return connection.getsockopt(socket.SOL_SOCKET, SO_PEERPIDFD)
+    except OSError as error:
+        if error.errno == errno.ENOPROTOOPT:
+            return -1
+        raise

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import signal
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -24,12 +25,20 @@ START_SECONDS = 6.0
 
 @dataclass(frozen=True, slots=True)
 class Caller:
-    """Who types `enclos run`, by the kernel's word: the process that connected, and its credentials then."""
+    """Who types `enclos run`, by the kernel's word: the process that connected, and its credentials then.
+
+    `pidfd` is that process', -1 where the kernel tells only its pid. It is closed with this.
+    """
 
     pid: int
     uid: int
     gid: int
     groups: tuple[int, ...]
+    pidfd: int = -1
+
+    def close(self) -> None:
+        if self.pidfd >= 0:
+            os.close(self.pidfd)
 
 
 class Runs:
@@ -108,6 +117,7 @@ class Runs:
         with _Client(caller) as client:
             mounts_fd = client.mounts(self._around.named.node_mounts_fd)
             try:
+                client.check_alive()
                 fields = [(key, str(getattr(caller, key))) for key in ("uid", "gid", "pid")]
                 fields += [("groups", ",".join(str(group) for group in caller.groups)), ("step", str(number))]
                 fields.append(("node", self._around.node))
@@ -123,7 +133,10 @@ class _Client:
         self._pid = caller.pid
         try:
             # 0 is a process of a pid namespace that is not below the agent's.
-            self.fd = os.pidfd_open(caller.pid) if caller.pid else -1
+            if caller.pid:
+                self.fd = os.dup(caller.pidfd) if caller.pidfd >= 0 else os.pidfd_open(caller.pid)
+            else:
+                self.fd = -1
         except ProcessLookupError as error:
             raise errors.run_failed("the command has ended") from error
         if self.fd < 0:
@@ -173,6 +186,13 @@ class _Client:
             os.close(fd)
             raise errors.run_confined("it is in a mount namespace of its user's")
         return fd
+
+    def check_alive(self) -> None:
+        """What was looked at by its pid was its own if it has not ended meanwhile."""
+        try:
+            signal.pidfd_send_signal(self.fd, 0)
+        except ProcessLookupError as error:
+            raise errors.run_failed("the command has ended") from error
 
     def __enter__(self) -> _Client:
         return self

@@ -8,16 +8,18 @@ user can hold. Root's commands use the agent's own socket and never depend on it
 Between it and the agent, one packet each way per request:
 
     visitors -> agent   id, uid, and the user's fields with `request.` before their names; for `run` gid, pid and
-                        groups of the user's process as well, as the kernel tells them
+                        groups of the user's process as well, as the kernel tells them, and its pidfd
     agent -> visitors   id, and the fields of the reply; perhaps a descriptor, for the user
 """
 
 from __future__ import annotations
 
+import os
 import select
 import socket
 import time
 from collections import Counter, deque
+from collections.abc import Sequence
 
 from enclos.runtime import linux, protocol
 from enclos.runtime.protocol import Message
@@ -66,7 +68,7 @@ class _Desk:
         self._poll = select.epoll()
         self._visitors: dict[int, _Visitor] = {}
         self._held: Counter[int] = Counter()
-        self._waiting: deque[tuple[_Visitor, protocol.Fields]] = deque()
+        self._waiting: deque[tuple[_Visitor, Sequence[tuple[str, str]]]] = deque()
         self._asked: dict[int, _Visitor] = {}
         self._places: dict[int, int] = {}
         self._count = 0
@@ -135,10 +137,20 @@ class _Desk:
             visitor, fields = self._waiting.popleft()
             if visitor.connection.fileno() < 0:
                 continue  # He has left; another may have his descriptor's number by now.
+            pidfds: list[int] = []
+            try:
+                if fields[0][0] == "pid" and (pidfd := protocol.peer_pidfd(visitor.connection)) >= 0:
+                    pidfds.append(pidfd)
+            except OSError:
+                self._dismiss(visitor.connection.fileno())  # It has ended; whoever has its connection is another.
+                continue
             self._count += 1
             self._asked[self._count] = visitor
             self._places[self._count] = 1 + sum(len(value) for _, value in fields) // REQUEST_BYTES
-            protocol.send(self._channel, [("id", str(self._count)), ("uid", str(visitor.uid)), *fields])
+            named = [("id", str(self._count)), ("uid", str(visitor.uid)), *fields]
+            protocol.send(self._channel, named, pidfds)
+            for pidfd in pidfds:
+                os.close(pidfd)
 
     def _answer(self) -> bool:
         """Hand the agent's reply to its visitor, if he is still there; False when the agent is gone."""

@@ -19,10 +19,11 @@ NO = ("0", "false", "no", "off", "n", "")
 def add(parser: argparse.ArgumentParser) -> None:
     """All of them; each collects its values under its key."""
     for option in OPTIONS:
+        name, text = f"--{option.name}", option.usage.removeprefix("[enclos] ").replace("%", "%%")
         if option.arginfo:
-            parser.add_argument(f"--{option.name}", metavar=option.arginfo, action="append", dest=option.name)
+            parser.add_argument(name, metavar=option.arginfo, action="append", dest=option.name, help=text)
         else:
-            parser.add_argument(f"--{option.name}", action="append_const", const=option.fixed, dest=option.name)
+            parser.add_argument(name, action="append_const", const=option.fixed, dest=option.name, help=text)
 
 
 def split(arguments: Sequence[str]) -> tuple[list[str], list[str]]:

@@ -24,6 +24,7 @@ def run(arguments: list[str]) -> int:
     """Make a container, and run a command in it."""
     parser = common.Parser(
         prog="enclos run",
+        usage="enclos run [OPTION...] [IMAGE] [COMMAND...]",
         allow_abbrev=False,
         description="Run a command in a container on this machine, without Slurm: the same container as srun makes, "
         "and the same options. IMAGE is what --container-image takes. Where --container-image, --container-name or "
@@ -38,7 +39,7 @@ def run(arguments: list[str]) -> int:
     given = parser.parse_args(own)
     if words and not any(getattr(given, name) for name in NAMING):
         setattr(given, "container-image", words[:1])
-        words = words[1:]
+        words = words[2:] if words[1:2] == ["--"] else words[1:]
     chosen, variables = options.choose(given, os.environ)
     if "container-image" not in chosen and "container-name" not in chosen:
         parser.error("an image is required")

@@ -779,6 +779,21 @@ def test_ids_are_the_kernels_word(laptop: Cluster) -> None:
     assert " uid=61001 " in last
 
 
+def test_nobody_asks_in_the_place_of_a_process_that_has_ended(laptop: Cluster, clean: Leftovers) -> None:
+    """Its pid may be another's by now, with other limits and cgroups."""
+    script = (
+        "import os, socket; s = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET); "
+        "s.connect('/run/enclos/user.sock'); ready, go = os.pipe()\n"
+        "if os.fork(): os._exit(0)\n"
+        "while os.getppid() != 1: pass\n"
+        "s.send(b'version=1\\0verb=run\\0'); data, fds, _, _ = socket.recv_fds(s, 4096, 1); print(data, fds)"
+    )
+    done = laptop.run([sys.executable, "-c", script], "usera", "n1")
+    assert done.stdout.strip().endswith("[]"), done.stderr
+    assert "status=ok" not in done.stdout
+    assert clean.rows() == []
+
+
 def test_only_the_agents_own_process_stands_for_slurmstepd(laptop: Cluster) -> None:
     """Also where root asks: another process cannot be a run's."""
     code = (
