@@ -10,11 +10,12 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from enclos.runtime import errors
+from enclos.runtime import errors, stepd
 from enclos.runtime.journal import Journal
 from enclos.runtime.request import StepRequest, step_key
 from enclos.runtime.settings import Named as Settings
@@ -29,6 +30,8 @@ DISCARD_ATTEMPTS = 5
 DISCARD_SECONDS = 60.0
 # The epilog waits for the removal; a builder that its user has stopped may hold a container for longer.
 END_PATIENCE_SECONDS = 3.0
+# How long a slurmstepd without tasks is waited for. It ends in milliseconds, or when what it keeps is saved or flushed.
+LEAVING_SECONDS = 10.0
 
 # Whose it is: uid, job (0: of all jobs, or of none), name.
 Key = tuple[int, int, str]
@@ -115,6 +118,7 @@ class NamedContainers:
                 break
             named.making.release()
         try:
+            await _let_leave(named)
             return self._decide(named, request)
         except errors.EnclosError:
             await self._let_go(named)
@@ -294,3 +298,19 @@ class NamedContainers:
         while self._removing:
             with contextlib.suppress(Exception):
                 await asyncio.wait(set(self._removing))
+
+
+async def _let_leave(named: Named) -> None:
+    """Wait for steps whose tasks are over, while their slurmstepd is not.
+
+    srun has come back then, and the user's next step is not meant to enter what is going, but to start it again, with
+    mounts and identity of its own.
+    """
+    deadline = time.monotonic() + LEAVING_SECONDS
+    for step in list(named.steps):
+        # `enclos run` starts its program a moment after it is in: that is no leaving.
+        while step.running and not stepd.has_tasks(int(step.record["stepd"])) and time.monotonic() < deadline:
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(step.ended.wait(), 0.2)
+            if step.ended.is_set():
+                break

@@ -91,6 +91,31 @@ def open_runner(pid: int) -> int:
     return pidfd
 
 
+def has_tasks(pid: int) -> bool:
+    """Whether a slurmstepd has a child that lives. One that has had tasks and has none is about to end.
+
+    Source: proc(5), /proc/PID/task/TID/children (CONFIG_PROC_CHILDREN); without it the answer is yes.
+    """
+    try:
+        for thread in os.listdir(f"/proc/{pid}/task"):
+            with open(f"/proc/{pid}/task/{thread}/children", "rb", buffering=0) as file:
+                children = file.read(65536).split()
+            if any(_lives(int(child)) for child in children):
+                return True
+    except ProcessLookupError:
+        return False
+    except OSError:
+        return os.path.exists(f"/proc/{pid}")
+    return False
+
+
+def _lives(pid: int) -> bool:
+    try:
+        return _status(pid, b"State") not in (b"Z", b"X")
+    except (OSError, IndexError):
+        return False
+
+
 def _real_uid(pid: int) -> int:
     """The real uid: slurmstepd has the user's as its effective one at times, also while its tasks ask to join."""
     return int(_status(pid, b"Uid"))

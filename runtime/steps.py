@@ -78,6 +78,8 @@ class Step:
         self.stepd_pidfd = stepd_pidfd
         self._shared_fd = -1
         self._told: set[str] = set()
+        # Set when slurmstepd is gone and nobody can enter its container any more.
+        self.ended = asyncio.Event()
 
     @property
     def key(self) -> tuple[int, int]:
@@ -205,6 +207,7 @@ class Step:
             guard.cancel()
         try:
             self._around.named.left(self)
+            self.ended.set()
             if self._unshare():
                 await self._sweep()
             else:

@@ -228,6 +228,29 @@ def test_it_ends_with_its_step(fragile: Cluster, clean: Leftovers) -> None:
     assert clean.rows(exact=False) == []
 
 
+def test_what_it_leaves_in_a_shared_container_lives_until_the_last_step_ends(
+    cluster: Cluster, image: str, usera: Run
+) -> None:
+    """A session of its own does not end with exec, nor with the step by whose name it was entered."""
+    usera(["salloc", "-Q", "--no-shell", "-w", "n1"])
+    job = usera(["squeue", "-h", "--me", "-o", "%A", "--sort=-i"]).stdout.split()[0]
+    with step(cluster, f"--jobid={job}", "--overlap", "--container-name=shared", command="true") as first:
+        script = "echo second $SLURM_STEP_ID; exec sleep 1000"
+        words = ["srun", f"--jobid={job}", "--overlap", "--container-name=shared", "sh", "-c", script]
+        with cluster.popen(words, user="usera") as second:
+            assert second.stdout is not None
+            number = second.stdout.readline().split()[1]
+            left = "setsid sleep 4323 > /dev/null 2>&1 & echo left"
+            assert usera([ENCLOS, "exec", first.name, "sh", "-c", left], "n1").stdout == "left\n"
+            cluster.run(["scancel", first.name])
+            first.running.wait(WAIT)
+            there = usera([ENCLOS, "exec", f"{job}.{number}", "ps", "-o", "args"], "n1").stdout
+            assert "sleep 4323" in there and "sleep 1000" in there
+            cluster.run(["scancel", f"{job}.{number}"])
+            second.wait(WAIT)
+        await_none("4323")
+
+
 def test_a_new_agent(fragile: Cluster, clean: Leftovers) -> None:
     """What was started goes on, and more can be: the network too is found again."""
     with step(fragile) as made:

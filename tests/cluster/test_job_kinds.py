@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import time
 from collections.abc import Callable
 
@@ -32,7 +34,7 @@ def test_tasks_of_an_array_share_nothing(idle: Cluster) -> None:
         assert [row for row in rows if not row.startswith("srun: ")] == ["fresh", str(number)]
 
 
-@pytest.mark.parametrize("how", ["requeue", "down"])
+@pytest.mark.parametrize("how", ["requeue", "down", "slurmd"])
 def test_a_job_that_runs_again_begins_with_nothing(fragile: Cluster, how: str) -> None:
     """It has the same ids: what its first run left (a named container, a network) is gone, and all is made anew."""
     fragile.await_idle()
@@ -52,8 +54,15 @@ def test_a_job_that_runs_again_begins_with_nothing(fragile: Cluster, how: str) -
     if how == "requeue":
         fragile.run(f"scontrol requeue {job}")
     else:
+        if how == "slurmd":
+            os.kill(fragile.slurmd_pid("n2"), signal.SIGKILL)
         fragile.run("scontrol update NodeName=n2 State=DOWN Reason=test")
+        if how == "slurmd":
+            fragile.mend()
         fragile.run("scontrol update NodeName=n2 State=RESUME")
+    # Slurm would let the job wait for two minutes, in which its first run ends on all nodes.
+    records = [fragile.path_on(node, f"/run/enclos/journal/job.{job}") for node in fragile.nodes]
+    _await(lambda: not any(record.exists() for record in records))
 
     def is_over() -> bool:
         # It would wait for two minutes, until no credential of its first run counts any more.

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import pytest
 from conftest import Leftovers, said
+from enclos.runtime import stepd
 from enclos.runtime.cluster.cluster import Cluster, Running
 from enclos.runtime.cluster.processes import Process
 from faults import (
@@ -484,6 +485,43 @@ def _links(pid: int) -> list[str]:
     command = ["nsenter", f"--net=/proc/{pid}/fd/7", "ip", "-o", "link"]
     shown = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     return [row.split(":")[1].split("@")[0].strip() for row in shown.splitlines()]
+
+
+LEAVING = f"""
+    step() {{ srun --overlap -n1 -w n1 {IMAGE} --container-name=w "$@"; }}
+    step --container-mounts=/shared sh -c 'touch /shared/in; until [ -e /shared/out ]; do sleep 0.05; done' &
+    until [ -e /shared/next ]; do sleep 0.05; done
+    step --container-mounts=/shared:/here ls -d /here
+    wait"""
+
+
+def test_a_container_that_is_being_left_is_not_entered(fragile: Cluster, clean: Leftovers) -> None:
+    """A step's tasks are over, its slurmstepd is not: the next step starts the container with mounts of its own."""
+    shared = fragile.layout.shared
+    shared.chmod(0o1777)
+    for name in ("in", "out", "next"):
+        (shared / name).unlink(missing_ok=True)
+    running = fragile.popen(["salloc", "-Q", "-w", "n1", "bash", "-c", LEAVING], "usera")
+    await_true((shared / "in").exists)
+    stopped = slurmstepd(fragile, "n1")
+    os.kill(stopped, signal.SIGSTOP)
+    try:
+        (shared / "out").touch()
+        await_true(lambda: not stepd.has_tasks(stopped))
+        (shared / "next").touch()
+        await_true(lambda: len(processes(fragile, "n1", "slurmstepd")) > 1)
+        time.sleep(0.5)
+    finally:
+        os.kill(stopped, signal.SIGCONT)
+    assert end(running) == (0, "/here\n", [])
+    assert clean.rows(20) == []
+
+
+def await_true(holds: Callable[[], bool], timeout: float = 20) -> None:
+    deadline = time.monotonic() + timeout
+    while not holds():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
 
 
 # ---------------------------------------------------------------------------------------------- slurmd
