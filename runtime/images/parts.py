@@ -269,7 +269,7 @@ def finish_part(store: Store, output_fd: int, key: str, own: bool = False) -> tu
     """Give a part its name, when nobody can change it any more; its size and SHA-256.
 
     Args:
-        own: it is a user's own store: he may change it at any time, and NFS gives no leases.
+        own: it is a user's own store: he may change it at any time.
 
     Raises:
         BlockingIOError: somebody still has it open for writing.
@@ -280,15 +280,52 @@ def finish_part(store: Store, output_fd: int, key: str, own: bool = False) -> tu
         os.fchmod(fd, 0o444)
         # The caller's own descriptor may write; it becomes the read-only one.
         os.dup2(fd, output_fd, inheritable=False)
-        # The kernel grants a read lease on a file that nobody has open for writing (F_SETLEASE in fcntl(2)).
-        if not own:
-            fcntl.fcntl(fd, fcntl.F_SETLEASE, fcntl.F_RDLCK)
-            fcntl.fcntl(fd, fcntl.F_SETLEASE, fcntl.F_UNLCK)
+        if not own and not _is_settled(fd):
+            if _has_leases(store):
+                raise BlockingIOError(errno.EAGAIN, "somebody writes to a part")
+            fd = _replace_by_copy(store, fd)
         digest = file_digest(fd)
         store.keep_part(fd, key)
         return os.fstat(fd).st_size, digest
     finally:
         os.close(fd)
+
+
+def _is_settled(fd: int) -> bool:
+    """Whether nobody has a file open for writing: then the kernel grants a read lease (F_SETLEASE in fcntl(2))."""
+    try:
+        fcntl.fcntl(fd, fcntl.F_SETLEASE, fcntl.F_RDLCK)
+    except OSError:
+        return False
+    fcntl.fcntl(fd, fcntl.F_SETLEASE, fcntl.F_UNLCK)
+    return True
+
+
+def _has_leases(store: Store) -> bool:
+    """Whether the store's file system grants leases, for a file that nobody can be writing to; NFS does not."""
+    writable_fd = store.part_file()
+    try:
+        fd = os.open(f"/proc/self/fd/{writable_fd}", os.O_RDONLY | os.O_CLOEXEC)
+        os.dup2(fd, writable_fd, inheritable=False)
+        try:
+            return _is_settled(fd)
+        finally:
+            os.close(fd)
+    finally:
+        store.drop_part(writable_fd)
+        os.close(writable_fd)
+
+
+def _replace_by_copy(store: Store, fd: int) -> int:
+    """A copy of a part, which nobody else ever had open; the part itself is dropped, and its descriptor closed."""
+    copy_fd = store.part_file()
+    offset = 0
+    while data := os.pread(fd, HASH_BYTES, offset):
+        offset += os.pwrite(copy_fd, data, offset)
+    os.fchmod(copy_fd, 0o444)
+    store.drop_part(fd)
+    os.close(fd)
+    return copy_fd
 
 
 def file_digest(fd: int) -> str:

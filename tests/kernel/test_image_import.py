@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import errno
+import fcntl
+import hashlib
 import http.server
 import json
 import os
@@ -753,6 +756,28 @@ def test_a_blob_that_its_registry_has_damaged(store: Store, tmp_path: Path) -> N
             conf.unlink()
     assert said.startswith("image does not match its digest")
     assert left(store) == {"images": [], "parts": [], "work": []}
+
+
+def test_where_the_file_system_has_no_leases(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As NFS: a part is copied, so that whoever may still write to the first one changes nothing."""
+    lease = fcntl.fcntl
+
+    def refuse(fd: int, command: int, argument: int = 0) -> int:
+        if command == fcntl.F_SETLEASE:
+            raise OSError(errno.EINVAL, "Invalid argument")
+        return lease(fd, command, argument)
+
+    monkeypatch.setattr(fcntl, "fcntl", refuse)
+    fd = store.part_file()
+    os.write(fd, b"hsqs")
+    writer = os.open(f"/proc/self/fd/{fd}", os.O_WRONLY)
+    assert finish_part(store, fd, "ab" * 32) == (4, hashlib.sha256(b"hsqs").hexdigest())
+    os.write(writer, b"evil")
+    path = Path(store.part_path("ab" * 32))
+    assert path.read_bytes() == b"hsqs" and path.stat().st_mode & 0o7777 == 0o444
+    assert left(store)["parts"] == [path.name]
+    os.close(writer)
+    os.close(fd)
 
 
 def test_a_part_that_somebody_writes_to_is_not_taken(store: Store) -> None:
