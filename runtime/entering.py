@@ -196,7 +196,8 @@ def receive_program(connection: socket.socket, changes: Mapping[str, Sequence[st
     arguments, fds = message.all("arg"), message.take_fds()
     if len(fds) != STANDARD:
         raise protocol.ProtocolError("no program")
-    variables = dict(entry.split("=", 1) for entry in message.all("env") if "=" in entry)
+    # One without a name cannot be passed on.
+    variables = dict(entry.split("=", 1) for entry in message.all("env") if "=" in entry[1:])
     for key, values in changes.items():
         for text in values:
             name, _, value = text.partition("=")
@@ -306,6 +307,8 @@ def _start(program: Program, refuses_fd: int) -> NoReturn:
 def _exec(program: Program) -> int:
     """Look for the program along PATH, as execvp(3) does; returns the errno of why it does not run."""
     name = program.arguments[0]
+    if not name:
+        return errno.ENOENT
     path = program.variables.get("PATH") or DEFAULT_PATH
     directories: Sequence[str] = [""] if "/" in name else path.split(":")
     number = errno.ENOENT

@@ -977,6 +977,11 @@ def run_failed(cause: str) -> EnclosError:
     return AdminError("run", "the program could not be started", cause, ADMIN + "journalctl -u enclosd")
 
 
+def run_nowhere(number: int) -> EnclosError:
+    """The command's working directory has no path any more."""
+    return UserError("run", "the directory that you are in cannot be named", reason(number), "cd to another one")
+
+
 def run_useless(option: str) -> EnclosError:
     """An option that only means something in a job."""
     return UserError(option, "it means nothing without Slurm", hint="leave it away")

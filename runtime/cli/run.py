@@ -51,9 +51,10 @@ def run(arguments: list[str]) -> int:
 
 def execute(fields: Sequence[tuple[str, str]], command: Sequence[str], variables: Mapping[str, str]) -> int:
     """Have the container made and the command run; returns its exit status."""
+    told = _about_me(variables)
     connection, name = client.start()
     with connection:
-        _ask(connection, fields, variables)
+        _ask(connection, [*fields, *told])
         _await_container(connection, name)
         with terminal.Attachment(connection) as attached:
             attached.send(command, variables)
@@ -70,14 +71,21 @@ def execute(fields: Sequence[tuple[str, str]], command: Sequence[str], variables
     return finish(answer, command[0] if command else "the image's command")
 
 
-def _ask(connection: socket.socket, fields: Sequence[tuple[str, str]], variables: Mapping[str, str]) -> None:
+def _about_me(variables: Mapping[str, str]) -> list[tuple[str, str]]:
     """What the plugin would say of the step, as far as it is its user's word."""
     named = {"home": "HOME", "authfile": "REGISTRY_AUTH_FILE", "runtime": "XDG_RUNTIME_DIR"}
-    told = [("cwd", os.getcwd()), *((key, variables.get(name, "")) for key, name in named.items())]
-    sent = [name for name in (*INTERFACE_VARIABLES, *VISIBLE_VARIABLES) if name in variables]
-    told += [(f"env.{name}", variables[name]) for name in sent]
     try:
-        protocol.send(connection, [*fields, *told])
+        here = os.getcwd()
+    except OSError as error:
+        raise errors.run_nowhere(error.errno or 0) from error
+    told = [("cwd", here), *((key, variables.get(name, "")) for key, name in named.items())]
+    sent = [name for name in (*INTERFACE_VARIABLES, *VISIBLE_VARIABLES) if name in variables]
+    return told + [(f"env.{name}", variables[name]) for name in sent]
+
+
+def _ask(connection: socket.socket, fields: Sequence[tuple[str, str]]) -> None:
+    try:
+        protocol.send(connection, fields)
     except protocol.ProtocolError as error:
         raise errors.exec_too_large(protocol.MAX_PACKET_BYTES) from error
     except OSError:

@@ -200,10 +200,26 @@ def test_the_exit_status_is_the_commands(laptop: Cluster, command: str, status: 
 @pytest.mark.parametrize(("command", "text", "status"), [
     ("nothere", "enclos: nothere: command not found in the container", 127),
     ("/etc", "enclos: /etc: cannot be run in the container (permission denied)", 126),
+    ("", "enclos: command not found in the container", 127),
 ])  # fmt: skip
 def test_a_command_that_does_not_run(laptop: Cluster, command: str, text: str, status: int) -> None:
     done = run(laptop, command)
     assert (done.returncode, done.stderr.splitlines()[0]) == (status, text)
+
+
+def test_a_variable_without_a_name_is_left_out(laptop: Cluster) -> None:
+    done = laptop.run(["env", "=x", "A==b", *RUN, BOX, "env"], "usera", "n1")
+    assert (done.returncode, done.stderr) == (0, "")
+    rows = done.stdout.splitlines()
+    assert "A==b" in rows and not any(row.startswith("=") for row in rows)
+
+
+def test_a_directory_that_was_removed(laptop: Cluster) -> None:
+    script = f"mkdir /tmp/gone; cd /tmp/gone; rmdir /tmp/gone; exec enclos run {BOX} pwd"
+    done = laptop.run(["sh", "-c", script], "usera", "n1")
+    assert done.returncode == 1
+    assert done.stderr.startswith("enclos: run: the directory that you are in cannot be named (no such file")
+    assert len(done.stderr.splitlines()) == 2
 
 
 def test_input_and_output_are_the_commands(laptop: Cluster) -> None:

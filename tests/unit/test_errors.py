@@ -112,6 +112,7 @@ SAMPLES: dict[str, tuple[object, ...]] = {
     "run_too_many": (16,),
     "run_confined": ("it is in another user namespace",),
     "run_failed": ("the process that starts it was killed",),
+    "run_nowhere": (errno.ENOENT,),
     "run_useless": ("--container-slurm",),
     "entrypoint_failed": (3,),
     "entrypoint_stayed": (),
