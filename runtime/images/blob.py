@@ -175,7 +175,9 @@ class Blob:
         """The next piece of at most CHUNK bytes, however much the input would give."""
         while True:
             if stream.eof:
-                rest = stream.unused_data or self._raw()
+                rest = stream.unused_data
+                if len(rest) < len(GZIP):
+                    rest += self._raw()  # A member may begin with the last byte of a piece.
                 if rest[:2] != GZIP:
                     return b""  # Zeros, or what gzip calls "trailing garbage, ignored".
                 stream = self._gzip = inflate.decompressobj(31)

@@ -51,6 +51,22 @@ def test_gzip_of_several_members(behind: bytes) -> None:
     assert read(data, f"sha256:{hashlib.sha256(data).hexdigest()}") == TEXT + b"more"
 
 
+@pytest.mark.parametrize("before", [0, 1, 2, 9])
+def test_gzip_members_that_begin_at_the_end_of_a_piece(before: int) -> None:
+    """A piece of the file ends within the next member's magic number: nothing behind it may be lost."""
+    first = stored(blob.CHUNK - before)
+    data = first + gzip.compress(b"more") + gzip.compress(b" and more")
+    assert read(data) == gzip.decompress(first) + b"more and more"
+
+
+def stored(size: int) -> bytes:
+    """A gzip member of exactly that many bytes."""
+    text = os.urandom(size)
+    while len(member := gzip.compress(text, 0)) != size:
+        text = text[: len(text) - (len(member) - size)]
+    return member
+
+
 def test_a_blob_that_is_not_the_one_meant() -> None:
     with pytest.raises(BadBlob, match="does not match its digest"):
         read(gzip.compress(TEXT), f"sha256:{'0' * 64}")
