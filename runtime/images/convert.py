@@ -23,6 +23,9 @@ END_OF_ARCHIVE = bytes(2 * tar.BLOCK)
 BUFFER_BYTES = 1 << 18
 PIPE_BYTES = 1 << 20  # What everybody may have (/proc/sys/fs/pipe-max-size).
 STDERR_LIMIT = 4096
+# Compressing threads of one tar2sqfs. As many as a large node has processors would be beyond a sandbox's processes, and
+# each keeps blocks in memory; these keep up with one stream that is decompressed.
+COMPRESSORS = 8
 # What tar2sqfs says of members that are there twice, below a file, or links to nothing: see flatten.py.
 _CONFLICT = re.compile("File exists|Not a directory|^Resolving hard link")
 
@@ -125,7 +128,9 @@ def _into_squashfs(produce: Callable[[tar.Write], None], blobs: _Blobs, packing:
 
 def _command(packing: Packing, path: str) -> list[str]:
     level = ["-X", f"level={packing.level}"] if packing.level and packing.compression in ("zstd", "gzip") else []
-    return ["tar2sqfs", "-q", "-s", "-f", "-c", packing.compression, *level, "-b", str(packing.block_bytes), path]
+    jobs = str(min(len(os.sched_getaffinity(0)), COMPRESSORS))
+    form = ["-c", packing.compression, *level, "-b", str(packing.block_bytes)]
+    return ["tar2sqfs", "-q", "-s", "-f", "-j", jobs, *form, path]
 
 
 def _fd_of(path: str) -> tuple[int, ...]:

@@ -35,6 +35,8 @@ BLOBS = f"{WORK}/blobs/sha256"
 UNFINISHED = "oci-put-blob"  # How skopeo's names of blobs begin that it has not finished.
 AUTH_LIMIT_BYTES = 1 << 20
 OUTPUT_LIMIT = 1 << 16
+# Go takes a thread and more for each processor, also on a node that has hundreds: beyond a sandbox's processes.
+PROCESSORS = 8
 # skopeo's copy to an OCI layout keeps blobs as they are, and takes those that are there already for fetched.
 COPY = ("copy", "--quiet", "--dest-oci-accept-uncompressed-layers")
 
@@ -295,8 +297,11 @@ def _blob_path(digest: str) -> str:
 
 
 def _start(command: Sequence[str], output: int = subprocess.DEVNULL) -> subprocess.Popen[bytes]:
+    environment = os.environ | {"GOMAXPROCS": str(min(len(os.sched_getaffinity(0)), PROCESSORS))}
     try:
-        return subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.PIPE)
+        return subprocess.Popen(
+            command, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.PIPE, env=environment
+        )
     except FileNotFoundError as error:
         raise errors.program_missing("skopeo") from error
 
