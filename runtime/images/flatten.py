@@ -247,11 +247,14 @@ class Tree:
 
     def _purge(self, directory: Directory) -> None:
         """Delete what layers before the present one put below a directory."""
-        for name, found in list(directory.children.items()):
-            if not self._is_fresh(directory, name, found):
-                del directory.children[name]
-            elif isinstance(found, Directory):
-                self._purge(found)
+        stack = [directory]  # Not by recursion: a path has room for more names than Python has for calls.
+        while stack:
+            here = stack.pop()
+            for name, found in list(here.children.items()):
+                if not self._is_fresh(here, name, found):
+                    del here.children[name]
+                elif isinstance(found, Directory):
+                    stack.append(found)
 
     def _delete(self, directory: Directory, name: bytes) -> None:
         if self._lowest:

@@ -52,7 +52,7 @@ class Files(ABC):
 
     @abstractmethod
     def find(self, name: str) -> tuple[int, Source]:
-        """A descriptor that stays the caller's, and where in it the file is."""
+        """A descriptor, open until the next one is asked for, and where in it the file is."""
 
     def read(self, name: str) -> bytes:
         fd, source = self.find(name)
@@ -66,16 +66,20 @@ class Directory(Files):
 
     def __init__(self, channel: socket.socket) -> None:
         self._channel = channel
+        self._fd = -1
 
     def find(self, name: str) -> tuple[int, Source]:
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
         protocol.send(self._channel, [("state", "open"), ("name", name)])
         message = protocol.receive(self._channel)
         if message is None:
             raise BrokenPipeError
         if not message.fds:
             raise BadManifest(f"it has no file {name}")
-        (fd,) = message.take_fds()
-        return fd, Source(name, 0, os.fstat(fd).st_size)
+        (self._fd,) = message.take_fds()
+        return self._fd, Source(name, 0, os.fstat(self._fd).st_size)
 
 
 class Archive(Files):

@@ -116,6 +116,9 @@ def group(layers: Sequence[LayerInfo]) -> list[tuple[LayerInfo, ...]]:
 
     Where a part ends depends on the layers below its end alone: images with the same lower layers have the same
     lower parts, and a changed top layer costs its own part and no other.
+
+    A group that comes again above is left out: it would be the same file, which an overlay takes but once, and what it
+    brings and deletes, the upper one brings and deletes again. Not the lowest, whose file is another.
     """
     groups: list[tuple[LayerInfo, ...]] = []
     current: list[LayerInfo] = []
@@ -126,7 +129,12 @@ def group(layers: Sequence[LayerInfo]) -> list[tuple[LayerInfo, ...]]:
             current = []
     if current:
         groups.append(tuple(current))
-    return groups
+    last = {_digests(each): index for index, each in enumerate(groups)}
+    return [each for index, each in enumerate(groups) if index in (0, last[_digests(each)])]
+
+
+def _digests(layers: Sequence[LayerInfo]) -> tuple[str, ...]:
+    return tuple(layer.digest for layer in layers)
 
 
 def part_key(digests: Sequence[str], lowest: bool, packing: Packing) -> str:

@@ -21,12 +21,15 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from enclos.runtime import linux
+from enclos.runtime.images.manifest import LAYER_LIMIT
 
 Job = Callable[[socket.socket], None]
 
 PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 SCRATCH = (("mode", "1777"), ("size", "64m"), ("nr_inodes", "4k"))
 SAFE = linux.MOUNT_ATTR_NOSUID | linux.MOUNT_ATTR_NODEV
+# A converter has a descriptor of each layer that it merges, of all where an image becomes one file.
+DESCRIPTORS = LAYER_LIMIT + 512
 DEVICES = ("null", "zero", "urandom")
 MERGED = ("bin", "sbin", "lib", "lib32", "lib64", "libx32")
 # What glibc and skopeo read beside /etc: where /etc/resolv.conf is a link into /run, its content is copied.
@@ -190,7 +193,7 @@ def _limit(rights: Rights) -> None:
         resource.RLIMIT_DATA: rights.memory,
         resource.RLIMIT_FSIZE: rights.file_bytes,
         resource.RLIMIT_NPROC: rights.processes,
-        resource.RLIMIT_NOFILE: 512,
+        resource.RLIMIT_NOFILE: DESCRIPTORS,
         # A password may be in it. With 0 a program in core_pattern still gets the dump, with 1 not (fs/coredump.c).
         resource.RLIMIT_CORE: 1,
         resource.RLIMIT_MEMLOCK: 0,
