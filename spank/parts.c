@@ -212,7 +212,8 @@ void part_setenv(const char *name, const char *value)
 
 	variable_of(name, parts_current(), own, sizeof(own));
 	setenv(own, value, 1);
-	if (parts_current() >= 0)
+	/* A step none of whose parts has an option of ours is none of our business. */
+	if (parts_current() >= 0 && value[0] != '\0')
 		setenv(PARTS_VARIABLE, "", 1);
 }
 

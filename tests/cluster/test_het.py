@@ -117,6 +117,12 @@ def test_a_step_inside_a_part_has_no_parts(het: Cluster) -> None:
     assert parts(het, script) == ["0", "n1 0 host"]
 
 
+@pytest.mark.parametrize("allocation", [(), ("-N2", "-n2")], ids=["of parts", "ordinary"])
+def test_a_step_without_containers_is_slurms_alone(het: Cluster, allocation: tuple[str, ...]) -> None:
+    script = "srun -N1 -n1 sh -c 'env | grep -c ENCLOS_PARTS=; echo one' : -N1 -n1 echo two"
+    assert parts(het, script, *allocation) == ["0", "one", "two"]
+
+
 def test_parts_in_an_ordinary_allocation(het: Cluster) -> None:
     """There all have one job id. From 26.05 on nothing tells slurmstepd which part it is: no container is started."""
     script = f'srun -N1 -n1 {IMAGE} --container-mounts=/shared:/one sh -c "$S" : -N1 -n1 {IMAGE} sh -c "$S"'
