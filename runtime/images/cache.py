@@ -26,7 +26,7 @@ from collections.abc import Iterable
 from dataclasses import replace
 
 from enclos.runtime.images import place
-from enclos.runtime.images.layout import UNFINISHED, ImageRecord, Store
+from enclos.runtime.images.layout import UNFINISHED, ImageRecord, Part, Store
 
 log = logging.getLogger("enclosd")
 
@@ -139,9 +139,11 @@ class Cache:
         status = os.statvfs(self.store.directory)
         return status.f_bavail * status.f_frsize
 
-    def remove(self, record: ImageRecord) -> None:
-        """Remove an image that is damaged, with those of its parts that no other has."""
-        self.store.remove(record.digest)
+    def remove_damaged(self, keys: Iterable[str]) -> None:
+        """Remove parts that are not what they were, with all images that have them. What is mounted stays mounted."""
+        for key in keys:
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(self.store.part_path(key))
         self.remove_unnamed()
 
     def used_bytes(self) -> int:
@@ -199,17 +201,13 @@ class Cache:
 
     # --- the check on use -------------------------------------------------------------------------------------
 
-    def unverified(self, record: ImageRecord) -> list[tuple[str, str]]:
-        """(path, SHA-256) of the parts whose bytes nobody has looked at since the node booted."""
-        found = []
-        for part in record.parts:
-            path = self.store.part_path(part.key)
-            if self._mark(path) != self._read_mark(part.key):
-                found.append((path, part.sha256))
-        return found
+    def unverified(self, record: ImageRecord) -> list[Part]:
+        """The parts whose bytes nobody has looked at since the node booted."""
+        return [p for p in record.parts if self._mark(self.store.part_path(p.key)) != self._read_mark(p.key)]
 
-    def set_verified(self, record: ImageRecord) -> None:
-        for part in record.parts:
+    def set_verified(self, parts: Iterable[Part]) -> None:
+        """Note that these are, as they are now, what their records say."""
+        for part in parts:
             with open(f"{self._verified}/{part.key}", "w") as file:
                 file.write(self._mark(self.store.part_path(part.key)))
 

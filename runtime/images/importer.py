@@ -280,16 +280,18 @@ class Importer:
 
 
 def verify(channel: socket.socket, wanted: Sequence[str]) -> None:
-    """Compare files of the cache with their SHA-256, each `HEX PATH`: what is read is only hashed."""
-    intact = True
+    """Compare parts of the cache with their SHA-256, each `HEX PATH`, and tell the keys of those that are intact.
+
+    What is read is only hashed.
+    """
+    intact = []
     for text in wanted:
         digest, _, path = text.partition(" ")
-        try:
-            with open(path, "rb", buffering=0) as file:
-                intact = intact and file_digest(file.fileno()) == digest
-        except OSError:
-            intact = False  # Not there any more, or the disk cannot read it.
-    protocol.send(channel, [("state", "intact" if intact else "damaged")])
+        # One that is not there any more, or that the disk cannot read, is not intact.
+        with contextlib.suppress(OSError), open(path, "rb", buffering=0) as file:
+            if file_digest(file.fileno()) == digest:
+                intact.append(os.path.basename(path).removesuffix(".sqsh"))
+    protocol.send(channel, [("state", "verified"), *(("intact", key) for key in intact)])
 
 
 def _open_text(path: str) -> int:

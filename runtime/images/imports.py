@@ -250,7 +250,8 @@ class Imports:
             raise errors.import_failed(want.reference.text, "the importer did not make all parts")
         record = ImageRecord(resolved.digest, tuple(parts[key] for key in keys), config)
         record = self.cache.grant(record, want.uid, source, resolved.private)
-        self.cache.set_verified(record)
+        # Those that were there have still to be compared: nobody may have looked at them since the node booted.
+        self.cache.set_verified(part for part in record.parts if part.key not in reuse)
         self.cache.hold(record)
         try:
             self.cache.make_room(self._running)
@@ -302,23 +303,24 @@ class Imports:
         try:
             progress("checking the cached image")
             async with asyncio.timeout(VERIFY_SECONDS):
-                damaged = await self._compare(wanted)
+                intact = await self._compare(wanted)
         except TimeoutError:
             raise errors.import_failed(record.digest, "the check of the cached image took too long") from None
         finally:
             self.cache.release(record)
-        if damaged:
+        self.cache.set_verified(part for part in wanted if part.key in intact)
+        if damaged := [part.key for part in wanted if part.key not in intact]:
             log.error("image=%s is damaged in the cache, removed", record.digest)
-            self.cache.remove(record)
+            self.cache.remove_damaged(damaged)
             raise _Damaged
-        self.cache.set_verified(record)
 
-    async def _compare(self, wanted: list[tuple[str, str]]) -> bool:
-        fields = [("verify", f"{digest} {path}") for path, digest in wanted]
+    async def _compare(self, wanted: list[Part]) -> set[str]:
+        """Keys of the parts whose bytes are what their record says."""
+        fields = [("verify", f"{part.sha256} {self.cache.store.part_path(part.key)}") for part in wanted]
         child = self._spawner.spawn("import", fields)
         try:
             with await child.receive() as message:
-                return message.get("state") != "intact"
+                return set(message.all("intact"))
         finally:
             child.kill()
             child.close()

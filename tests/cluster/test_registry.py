@@ -72,19 +72,13 @@ def push(
     noise: int = 8 << 20,
     more: Sequence[Entry] = (),
     config: Mapping[str, object] | None = None,
+    layers: Sequence[bytes] = (),
 ) -> tuple[str, Path]:
-    """An image with busybox in it, and `more`; its reference, and its layout."""
+    """An image of one layer with busybox in it, and `more`, or of `layers`; its reference, and its layout."""
     layout = site.layout.state / f"layout-{name}"
     shutil.rmtree(layout, ignore_errors=True)
-    busybox = Path("/bin/busybox").read_bytes()
-    programs = [Entry(f"bin/{applet}", "link", target="bin/busybox") for applet in ("sh", "cat", "true", "sleep", "id")]
-    bottom = [
-        Entry("bin", "dir", mode=0o755), Entry("bin/busybox", data=busybox, mode=0o755), *programs,
-        Entry("name", data=name.encode()), Entry("noise", data=os.urandom(noise)),
-        *more,
-    ]  # fmt: skip
     environment = {"Env": ["PATH=/bin", f"IMAGE_NAME={name}"]}
-    write_layout(layout, [layer(bottom)], config={**environment, **(config or {})})
+    write_layout(layout, layers or [bottom(name, noise, more)], config={**environment, **(config or {})})
     login = ["--dest-creds", "alice:secret-word"] if port == PRIVATE_PORT else []
     command = ["nsenter", f"--net=/proc/{site.record.machines[SUBMIT].pid}/ns/net", "skopeo", "copy", "-q"]
     target = f"docker://{address4(0)}:{port}/{name}:t"
@@ -95,6 +89,17 @@ def push(
         if done.returncode == 0:
             return f"docker://submit:{port}/{name}:t", layout
         assert "refused" in done.stderr and time.monotonic() < deadline, done.stderr
+
+
+def bottom(name: str, noise: int, more: Sequence[Entry] = ()) -> bytes:
+    """A layer with busybox in it."""
+    busybox = Path("/bin/busybox").read_bytes()
+    applets = ("sh", "cat", "true", "sleep", "id", "md5sum")
+    return layer([
+        Entry("bin", "dir", mode=0o755), Entry("bin/busybox", data=busybox, mode=0o755),
+        *(Entry(f"bin/{applet}", "link", target="bin/busybox") for applet in applets),
+        Entry("name", data=name.encode()), Entry("noise", data=os.urandom(noise)), *more,
+    ])  # fmt: skip
 
 
 def lines(site: Cluster, pattern: str, node: str = "n1") -> list[str]:
@@ -310,14 +315,29 @@ def test_a_private_image_is_given_to_nobody_else(site: Cluster, login: Callable[
 def test_a_damaged_image_is_found_before_it_runs(site: Cluster) -> None:
     reference, _ = push(site, "damaged")
     assert run(site, reference, "true").returncode == 0
-    newest = max(site.layout.node_cache("n1").glob("parts/*"), key=lambda path: path.stat().st_ctime)
-    newest.chmod(0o600)
-    with open(newest, "r+b") as file:
-        file.seek(newest.stat().st_size // 2)
-        file.write(b"damage")
+    damage(max(site.layout.node_cache("n1").glob("parts/*"), key=lambda path: path.stat().st_ctime))
     done = run(site, reference, "cat /name")
     assert done.stdout == "damaged", done.stderr
     assert "enclos: the cached image is damaged, importing it again" in said(done.stderr)
+
+
+def test_a_damaged_part_is_found_where_another_image_takes_it(site: Cluster) -> None:
+    """Two images share their lower part, and it is damaged when one of them is there: neither runs with it."""
+    lower = bottom("shared", 25 << 20)
+    images = [push(site, f"shares{number}", layers=[lower, layer([Entry(f"top{number}")])])[0] for number in (1, 2)]
+    whole = run(site, images[0], "md5sum < /noise").stdout
+    damage(max(site.layout.node_cache("n1").glob("parts/*"), key=lambda path: path.stat().st_size))
+    for reference in reversed(images):
+        done = run(site, reference, "md5sum < /noise")
+        assert done.stdout == whole, done.stderr
+    assert len([part for part in site.layout.node_cache("n1").glob("parts/*") if part.stat().st_size > 24 << 20]) == 1
+
+
+def damage(part: Path) -> None:
+    part.chmod(0o600)
+    with open(part, "r+b") as file:
+        file.seek(part.stat().st_size // 2)
+        file.write(b"damage")
 
 
 def test_the_least_used_goes_and_what_is_in_use_stays(site: Cluster) -> None:
