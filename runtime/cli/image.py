@@ -20,6 +20,7 @@ from enclos.runtime import config, errors
 from enclos.runtime.cli import common, progress
 from enclos.runtime.images import reference, sif, squashfs, stores
 from enclos.runtime.images.filestore import FileStore, StoredImage, checksum
+from enclos.runtime.images.layout import hex_of
 from enclos.runtime.images.reference import BadReference, Reference
 from enclos.runtime.images.stores import Places
 from enclos.runtime.settings import Config
@@ -210,13 +211,16 @@ def _import_file(work: Work, name: str) -> int:
         with store.working(digest, lambda: None):
             image = store.find(digest)
             if image is None:
-                target = f"{store.work.directory}/{os.getpid()}.part"
-                with open(target, "xb") as copy, contextlib.ExitStack() as undo:
-                    undo.callback(os.unlink, target)
-                    shutil.copyfileobj(source, copy, 1 << 20)
-                    copy.flush()
-                    undo.pop_all()
-                image = store.add(digest, f"file:{os.path.abspath(path)}", target, "")
+                # Without a name until it is whole: of one that is killed nothing is left.
+                with open(store.work.part_file(), "wb") as copy:
+                    try:
+                        shutil.copyfileobj(source, copy, 1 << 20)
+                        copy.flush()
+                        store.work.keep_part(copy.fileno(), hex_of(digest))
+                    except BaseException:
+                        store.work.drop_part(copy.fileno())
+                        raise
+                image = store.add(digest, f"file:{os.path.abspath(path)}", store.work.part_path(hex_of(digest)), "")
         store.name(name, digest)
     return _say(work, f"{name}: {digest}, {size(image.bytes)}", _as_json("own", store, image))
 

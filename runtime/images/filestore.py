@@ -197,42 +197,71 @@ class FileStore:
         now = time.time()
         for image in self.images():
             used = max(image.created, os.stat(self.image_path(image.digest)).st_atime)
-            if not image.names or now - used > older_than >= 0:
-                self.remove(image.digest)
+            if (not image.names or now - used > older_than >= 0) and self._discard(image):
                 removed.append(image.names[0] if image.names else image.digest)
-        whole = {hex_of(image.digest) for image in self.images()}
         for entry in _list(f"{self.directory}/images"):
-            if entry.rpartition(".")[0] not in whole:
-                os.unlink(f"{self.directory}/images/{entry}")
+            if self._discard_half(entry):
                 removed.append(f"images/{entry}")
         for entry in _list(f"{self.directory}/work"):
-            if entry.endswith(".lock") and self._discard_work(entry):
+            if entry.endswith(".lock") and self._discard_work(entry.removesuffix(".lock")):
                 removed.append(f"work/{entry.removesuffix('.lock')}")
         self._discard_unfinished(now)
         return removed
 
-    def _discard_unfinished(self, now: float) -> None:
-        """Parts of pulls that were killed, where unfinished files have names. Nobody has a lock on them: old ones."""
-        parts = f"{self.directory}/work/parts"
-        with contextlib.suppress(FileNotFoundError):
-            for entry in os.listdir(parts):
-                if entry.endswith(UNFINISHED) and now - os.stat(f"{parts}/{entry}").st_mtime > UNFINISHED_SECONDS:
-                    os.unlink(f"{parts}/{entry}")
+    def _discard(self, image: StoredImage) -> bool:
+        with self._alone(hex_of(image.digest)) as alone:
+            # A pull may have given it a name meanwhile.
+            if alone and (image.names or image.digest not in map(self.digest_of, self._names())):
+                self.remove(image.digest)
+                return True
+        return False
 
-    def _discard_work(self, lock: str) -> bool:
+    def _discard_half(self, entry: str) -> bool:
+        """A file of no image: what a killed pull or a power cut left, not what a pull has just put there."""
+        stem = entry.rpartition(".")[0]
+        with self._alone(stem) as alone:
+            if not alone or self._find_hex(stem) is not None:
+                return False
+            _remove(f"{self.directory}/images/{entry}")
+            return True
+
+    def _discard_unfinished(self, now: float) -> None:
+        """What killed pulls left on the way to its place. Nobody has a lock on it: old ones."""
+        for directory in ("work/parts", "images", "names"):
+            with contextlib.suppress(FileNotFoundError):
+                for entry in os.listdir(f"{self.directory}/{directory}"):
+                    path = f"{self.directory}/{directory}/{entry}"
+                    unfinished = entry.endswith(UNFINISHED) or directory == "work/parts"
+                    if unfinished and now - os.stat(path).st_mtime > UNFINISHED_SECONDS:
+                        _remove(path)
+
+    def _discard_work(self, digits: str) -> bool:
         """Remove what an interrupted pull has fetched, unless somebody is at it. The lock stays: others may wait."""
         import shutil  # Not above: lookup.py is in the zygote, which should stay small.
 
-        path = self.work.work_path(f"sha256:{lock.removesuffix('.lock')}")
+        path = self.work.work_path(f"sha256:{digits}")
         if not os.path.isdir(path):
             return False
-        fd = os.open(f"{self.directory}/work/{lock}", os.O_RDWR | os.O_CLOEXEC)
+        with self._alone(digits) as alone:
+            if alone:
+                shutil.rmtree(path)
+            return alone
+
+    @contextlib.contextmanager
+    def _alone(self, digits: str) -> Iterator[bool]:
+        """Whether nobody works on an image, and then nobody until the end; true of a name that no image has."""
+        try:
+            path = self.lock_path(f"sha256:{digits}")
+        except ValueError:
+            yield True
+            return
+        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
         try:
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            shutil.rmtree(path)
-            return True
         except BlockingIOError:
-            return False
+            yield False
+        else:
+            yield True
         finally:
             os.close(fd)
 

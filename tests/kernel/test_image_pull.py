@@ -280,6 +280,36 @@ def test_gc_takes_what_has_no_name(caller: Caller) -> None:
     assert files(caller.store) == []
 
 
+def test_gc_leaves_what_somebody_works_on(caller: Caller) -> None:
+    """Between a pull's steps an image has no record yet, or no name; its lock says that it is not left over."""
+    assert caller.run("pull", "small:t").returncode == 0
+    (image,) = caller.store.images()
+    caller.store.remove_name(image.names[0])
+    with caller.store.working(image.digest, lambda: None):
+        assert caller.run("gc").stdout == ""
+        record = Path(caller.store.record_path(image.digest))
+        text = record.read_bytes()
+        record.unlink()
+        assert caller.run("gc").stdout == ""
+        record.write_bytes(text)
+    assert caller.run("gc").stdout.splitlines() == [f"removed {image.digest}"]
+
+
+def test_gc_takes_what_killed_pulls_left_on_the_way(caller: Caller) -> None:
+    assert caller.run("pull", "small:t").returncode == 0
+    before = files(caller.store)
+    left = [Path(caller.store.work.part_path("ab" * 32)), *(caller.store.directory / Path(name) for name in (
+        "work/parts/x.new", "images/y.json.7.new", "names/z.8.new"))]  # fmt: skip
+    for path in left:
+        path.write_bytes(b"part")
+    assert caller.run("gc").returncode == 0
+    assert all(path.exists() for path in left)
+    for path in left:
+        os.utime(path, (0, 0))
+    assert caller.run("gc").returncode == 0
+    assert files(caller.store) == before
+
+
 def test_import_of_a_file(caller: Caller, tmp_path: Path) -> None:
     made = Path(caller.store.directory).with_name("made.sqsh")
     command = ["mksquashfs", str(tmp_path), str(made), "-quiet", "-no-progress"]
