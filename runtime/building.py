@@ -303,7 +303,7 @@ class NodeStep(Step):
             self._commands = os.path.dirname(slurm.commands[0][0]) if slurm else ""
             # Devices move into networks of jobs; a run's is nobody's.
             kind = "none" if self.request.is_run and decision.network == "job" else decision.network
-            asker = Asker(self.record_name, kind, lambda: self._place(network))
+            asker = Asker(self.record_name, self.request.uid, kind, lambda: self._place(network))
             devices = await self._around.devices.select(self.request, asker)
             cgroup_path, leader = self.record["cgroup"], self._het_leader()
             own_mounts = self._outside.fd >= 0

@@ -53,9 +53,10 @@ class Place:
 
 @dataclass(frozen=True, slots=True)
 class Asker:
-    """The step that wants devices: the name of its record, its network, and how to get to that."""
+    """The step that wants devices: the name of its record, its user, its network, and how to get to that."""
 
     step: str
+    uid: int
     network: str
     place: Callable[[], Awaitable[Place]]
 
@@ -136,7 +137,7 @@ class Holdings:
         kernel = node_rdma.mode()
         rdma.check(text, asker.network, mode, kernel)
         if asker.network == "job" and mode == "soft":
-            return await self._soft(text, await asker.place())
+            return await self._soft(text, asker.uid, await asker.place())
         async with self._turn:
             await self._reclaim()
             if asker.network == "job" and mode == "exclusive":
@@ -148,14 +149,21 @@ class Holdings:
 
     # --- Soft-RoCE --------------------------------------------------------------------------------------------
 
-    async def _soft(self, text: str, place: Place) -> tuple[Device, ...]:
-        """The job's own device on its overlay interface, made by its first step; it ends with the interface."""
+    async def _soft(self, text: str, uid: int, place: Place) -> tuple[Device, ...]:
+        """The job's own device on its overlay interface, made by its first step; it ends with the interface.
+
+        In the kernel's shared mode whoever may open its node sends into the job's network, from any namespace: it
+        becomes its user's alone.
+        """
         # Names are the machine's, also where several nodes of a trial cluster share one.
         name = f"enclos{place.job}n{place.index}"
         rdma.choose_moving(text, [name], [Candidate(name)])
         try:
             await asyncio.to_thread(rdmamove.make_soft, name, place.ifname, place.netns_fd)
             found = await asyncio.to_thread(node_rdma.find_one, name, place.netns_fd)
+            if found.node:
+                os.chown(found.node, uid, 0)
+                os.chmod(found.node, 0o600)
         except OSError as error:
             raise errors.rdma_soft_failed(text, error.errno or 0, getattr(error, "text", "")) from error
         if not found.node:

@@ -12,6 +12,7 @@ from collections.abc import Callable
 import fabric
 import pytest
 from conftest import Result, plain, require_pmix
+from enclos.netns import rdma
 from enclos.runtime.cluster.cluster import Cluster
 from fabric import IMAGE
 from vm.cards import command
@@ -125,10 +126,13 @@ def test_what_another_tenant_sees_in_shared_mode(cluster: Cluster) -> None:
     seen = srun(cluster, "sh", "-c", "ls /sys/class/infiniband; ls /dev/infiniband").stdout
     assert f"enclos{other}n0" in seen, "shared mode shows every device to everybody"
     assert seen.count("uverbs") == 1, "but only the own one's node is there"
-    # Outside of containers anybody opens the node; the other's address index leads nowhere in his namespace.
+    # Outside of containers a node is its user's, because whoever opens it uses its address indexes from anywhere.
+    device = next(device for device in rdma.find().devices if device.name == f"enclos{other}n0")
+    for user, opens in (("usera", False), ("userb", True), ("root", True)):
+        tried = cluster.run(["bash", "-c", f"exec 3<> {device.node}"], user, node="n1")
+        assert (tried.returncode == 0) == opens, (user, tried.stderr)
     ping = f"timeout 20 ibv_rc_pingpong -d enclos{other}n0 -g 1 -n 1"
-    script = f"{ping} & sleep 1; {ping} 127.0.0.1"
-    tried = cluster.run(["sh", "-c", script], "usera", node="n1", timeout=60)
+    tried = cluster.run(["sh", "-c", f"{ping} & sleep 1; {ping} 127.0.0.1"], "usera", node="n1", timeout=60)
     assert tried.returncode != 0 and "iters" not in tried.stdout
     holder.terminate()
 

@@ -114,7 +114,7 @@ def asker(place: Callable[[int], Place], job: int, step: int = 0, network: str =
     async def where() -> Place:
         return place(job)
 
-    return Asker(f"step.{job}.{step}.99", network, where)
+    return Asker(f"step.{job}.{step}.99", 61001, network, where)
 
 
 def take(held: Holdings, text: str, who: Asker) -> list[str]:
