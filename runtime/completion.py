@@ -51,6 +51,20 @@ def _value_cases() -> Iterator[str]:
 
 
 BASH_VALUES = """\
+# Those of some words that begin with a text, with a prefix, into COMPREPLY. Not compgen -W, which expands each word:
+# names of profiles are names of files, perhaps another user's. What a shell would not take as it stands is not offered.
+_enclos_offer()
+{
+	local IFS=$' \\t\\n' word all=()
+
+	COMPREPLY=()
+	read -rd '' -a all <<<"$1"
+	for word in "${all[@]}"; do
+		[[ $word == "$2"* && $word != *[^[:alnum:]_.,:/@#=+-]* ]] && COMPREPLY+=("$3$word")
+	done
+	return 0
+}
+
 # The values of an option, the first argument, that go on from the second one: into COMPREPLY. Readline takes the part
 # behind the last : or = for the word, so only that is replied. Fails where nothing is known of the option.
 _enclos_values()
@@ -68,7 +82,7 @@ CASES
 		[[ $typed == *,* ]] && list=${typed%,*},
 		;;
 	esac
-	mapfile -t COMPREPLY < <(compgen -P "$list" -W "$words" -- "${typed#"$list"}")
+	_enclos_offer "$words" "${typed#"$list"}" "$list"
 	[[ $COMP_WORDBREAKS == *:* && $typed == *:* ]] && cut=${typed%:*}:
 	[[ $COMP_WORDBREAKS == *=* || $glued == no ]] || COMPREPLY=("${COMPREPLY[@]/#/"$1="}")
 	COMPREPLY=("${COMPREPLY[@]#"$cut"}")
@@ -128,7 +142,7 @@ _enclos()
 	case $given in
 {chr(10).join(cases)}
 	esac
-	mapfile -t COMPREPLY < <(compgen -W "$words" -- "$value")
+	_enclos_offer "$words" "$value" ""
 	[[ $value == *:* ]] && COMPREPLY=("${{COMPREPLY[@]#"${{value%:*}}:"}}")
 }}
 
@@ -175,7 +189,8 @@ _enclos_srun()
 		compopt -o default -o bashdefault 2>/dev/null
 		return
 	fi
-	[[ $value == -* ]] && mapfile -t own < <(compgen -W "{options}" -- "$value")
+	[[ $value == -* ]] && _enclos_offer "{options}" "$value" "" && own=("${{COMPREPLY[@]}}")
+	COMPREPLY=()
 	[[ -n ${{_enclos_before[$command]}} ]] && "${{_enclos_before[$command]}}" "$@" 2>/dev/null
 	[[ $value == -* ]] || return 0
 	for word in "${{COMPREPLY[@]}}"; do

@@ -2,6 +2,20 @@
 # installed. bash-completion finds this file first, because /usr/local/share stands before /usr/share in XDG_DATA_DIRS.
 # Made by 'python -m enclos.runtime.settings --write' from runtime/settings.py: change that.
 
+# Those of some words that begin with a text, with a prefix, into COMPREPLY. Not compgen -W, which expands each word:
+# names of profiles are names of files, perhaps another user's. What a shell would not take as it stands is not offered.
+_enclos_offer()
+{
+	local IFS=$' \t\n' word all=()
+
+	COMPREPLY=()
+	read -rd '' -a all <<<"$1"
+	for word in "${all[@]}"; do
+		[[ $word == "$2"* && $word != *[^[:alnum:]_.,:/@#=+-]* ]] && COMPREPLY+=("$3$word")
+	done
+	return 0
+}
+
 # The values of an option, the first argument, that go on from the second one: into COMPREPLY. Readline takes the part
 # behind the last : or = for the word, so only that is replied. Fails where nothing is known of the option.
 _enclos_values()
@@ -37,7 +51,7 @@ _enclos_values()
 		[[ $typed == *,* ]] && list=${typed%,*},
 		;;
 	esac
-	mapfile -t COMPREPLY < <(compgen -P "$list" -W "$words" -- "${typed#"$list"}")
+	_enclos_offer "$words" "${typed#"$list"}" "$list"
 	[[ $COMP_WORDBREAKS == *:* && $typed == *:* ]] && cut=${typed%:*}:
 	[[ $COMP_WORDBREAKS == *=* || $glued == no ]] || COMPREPLY=("${COMPREPLY[@]/#/"$1="}")
 	COMPREPLY=("${COMPREPLY[@]#"$cut"}")
@@ -71,7 +85,8 @@ _enclos_srun()
 		compopt -o default -o bashdefault 2>/dev/null
 		return
 	fi
-	[[ $value == -* ]] && mapfile -t own < <(compgen -W "--container-image= --container-mounts= --container-profile= --container-workdir= --container-name= --container-save= --container-writable --container-readonly --container-remap-root --no-container-remap-root --container-mount-home --no-container-mount-home --container-entrypoint --no-container-entrypoint --container-entrypoint-log --container-slurm --no-container-slurm --container-env= --container-device= --container-rdma= --container-unshare= --container-limit= --container-cgroup= --container-network=" -- "$value")
+	[[ $value == -* ]] && _enclos_offer "--container-image= --container-mounts= --container-profile= --container-workdir= --container-name= --container-save= --container-writable --container-readonly --container-remap-root --no-container-remap-root --container-mount-home --no-container-mount-home --container-entrypoint --no-container-entrypoint --container-entrypoint-log --container-slurm --no-container-slurm --container-env= --container-device= --container-rdma= --container-unshare= --container-limit= --container-cgroup= --container-network=" "$value" "" && own=("${COMPREPLY[@]}")
+	COMPREPLY=()
 	[[ -n ${_enclos_before[$command]} ]] && "${_enclos_before[$command]}" "$@" 2>/dev/null
 	[[ $value == -* ]] || return 0
 	for word in "${COMPREPLY[@]}"; do

@@ -1,5 +1,19 @@
 # bash completion of enclos(1). Made by 'python -m enclos.runtime.settings --write' from the verbs' --help: change those.
 
+# Those of some words that begin with a text, with a prefix, into COMPREPLY. Not compgen -W, which expands each word:
+# names of profiles are names of files, perhaps another user's. What a shell would not take as it stands is not offered.
+_enclos_offer()
+{
+	local IFS=$' \t\n' word all=()
+
+	COMPREPLY=()
+	read -rd '' -a all <<<"$1"
+	for word in "${all[@]}"; do
+		[[ $word == "$2"* && $word != *[^[:alnum:]_.,:/@#=+-]* ]] && COMPREPLY+=("$3$word")
+	done
+	return 0
+}
+
 # The values of an option, the first argument, that go on from the second one: into COMPREPLY. Readline takes the part
 # behind the last : or = for the word, so only that is replied. Fails where nothing is known of the option.
 _enclos_values()
@@ -35,7 +49,7 @@ _enclos_values()
 		[[ $typed == *,* ]] && list=${typed%,*},
 		;;
 	esac
-	mapfile -t COMPREPLY < <(compgen -P "$list" -W "$words" -- "${typed#"$list"}")
+	_enclos_offer "$words" "${typed#"$list"}" "$list"
 	[[ $COMP_WORDBREAKS == *:* && $typed == *:* ]] && cut=${typed%:*}:
 	[[ $COMP_WORDBREAKS == *=* || $glued == no ]] || COMPREPLY=("${COMPREPLY[@]/#/"$1="}")
 	COMPREPLY=("${COMPREPLY[@]#"$cut"}")
@@ -168,7 +182,7 @@ _enclos()
 		words="ps run image exec shell top check gc rm render profile partition config --help --version --debug"
 		;;
 	esac
-	mapfile -t COMPREPLY < <(compgen -W "$words" -- "$value")
+	_enclos_offer "$words" "$value" ""
 	[[ $value == *:* ]] && COMPREPLY=("${COMPREPLY[@]#"${value%:*}:"}")
 }
 

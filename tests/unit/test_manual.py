@@ -24,7 +24,7 @@ ZSH = ROOT / "conf/completion/_enclos"
 ENCLOS = r"""
 enclos() {
 	case "$1 $2" in
-	"profile ls") printf 'NAME  FILE\nmine  /home/x/mine.toml\n' ;;
+	"profile ls") printf 'NAME  FILE\n'; printf '%s  /home/x/x.toml\n' ${NAMES:-mine} ;;
 	"image ls") printf 'NAME  DIGEST\ndocker://debian:12  ab\ndocker://alpine:3  cd\n' ;;
 	"config show") [ -z "$OFFERED" ] || echo "step.networks                [$OFFERED]   default" ;;
 	ps*) printf 'STEP  USER\n42.0  me\n' ;;
@@ -77,6 +77,16 @@ def test_bash_completes_names() -> None:
 def no_slurm(tmp_path: Path) -> dict[str, str]:
     """No completion of Slurm's own."""
     return {"XDG_DATA_DIRS": str(tmp_path)}
+
+
+@pytest.mark.parametrize("words", [("profile", "show", ""), ("run", "--container-profile=")])
+def test_names_are_no_words_of_the_shell(words: tuple[str, ...], tmp_path: Path) -> None:
+    """A profile's name is that of a file, which others may have made: on a search path that a group shares."""
+    names = ["good", "$(touch$IFS$PWNED)", "`touch$IFS$PWNED`", "a;touch$IFS$PWNED", "x*", "'q", "~root"]
+    pwned = tmp_path / "pwned"
+    offered = complete(*words, PWNED=str(pwned), NAMES=" ".join(names))
+    assert [word for word in offered if word != "--help" and word != "--json"] == ["good"]
+    assert not pwned.exists()
 
 
 def test_bash_completes_the_options_of_srun(no_slurm: dict[str, str]) -> None:
