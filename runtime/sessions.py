@@ -58,6 +58,8 @@ class Sessions:
             raise
         finally:
             self._opening[uid] -= 1
+            if not self._opening[uid]:
+                del self._opening[uid]
         watcher = asyncio.create_task(self._watch(child, uid))
         self._watchers.add(watcher)
         watcher.add_done_callback(self._watchers.discard)
@@ -73,7 +75,7 @@ class Sessions:
     def _leave(self, uid: int) -> None:
         self._open[uid] -= 1
         if not self._open[uid]:
-            del self._open[uid], self._opening[uid]
+            del self._open[uid]
 
     def _spawn(self, step: Step) -> Child:
         """Raises ChildDied, or EnclosError: exec_failed."""
