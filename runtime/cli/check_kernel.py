@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from enclos.runtime import cgroup
+from enclos.runtime import cgroup, presence
 from enclos.runtime.cli import probe
 from enclos.runtime.cli.finding import Finding, mend, note, ok, skipped
 from enclos.runtime.errors import namespace_limit
@@ -21,7 +21,8 @@ from enclos.runtime.errors import namespace_limit
 class Feature:
     """A probe, what it is for, and what usually helps; `instead` is what happens where the kernel lacks just this.
 
-    `lacking` is the error by which the kernel says so, `newer` who needs a kernel that has it.
+    `lacking` is the error by which the kernel says so, `newer` who needs a kernel that has it. `slurm_only` is what a
+    machine without Slurm can do without.
     """
 
     subject: str
@@ -31,6 +32,7 @@ class Feature:
     instead: str = ""
     lacking: int = errno.EINVAL
     newer: str = ""
+    slurm_only: bool = False
 
 
 _LIMITS = "raise user.max_{mnt,net,ipc,uts,cgroup}_namespaces (sysctl)"
@@ -53,7 +55,7 @@ FEATURES = (
             lacking=errno.EOPNOTSUPP, newer="a newer kernel, or containers kept on a disk (named.directory)"),
     Feature("fuse", probe.fuse_shown_to_a_user, _FUSE, root_only=True),
     Feature("vxlan", probe.vxlan, "it needs the module vxlan"),
-    Feature("nftables", probe.nftables, "it needs the nft command and the module nf_tables"),
+    Feature("nftables", probe.nftables, "it needs the nft command and the module nf_tables", slurm_only=True),
 )
 
 
@@ -65,8 +67,10 @@ def findings() -> Iterator[Finding]:
     """Sysctls first: a feature that they forbid is explained by them."""
     yield from sysctl_findings()
     yield cgroup_finding()
+    slurm = presence.found()
     for feature in FEATURES:
-        yield feature_finding(feature, os.geteuid() == 0)
+        if slurm or not feature.slurm_only:
+            yield feature_finding(feature, os.geteuid() == 0)
 
 
 def cgroup_finding(mount_point: Path = Path(cgroup.MOUNT_POINT)) -> Finding:

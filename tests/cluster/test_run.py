@@ -123,8 +123,8 @@ def test_check_finds_nothing_to_mend_for_lack_of_slurm(laptop: Cluster) -> None:
     rows = {row["subject"]: row for row in found}
     assert rows["slurm"]["status"] == "skipped"
     assert (rows["enclos run"]["status"], rows["enclos run"]["text"]) == ("ok", "users may start containers")
-    for subject in ("nft", "underlay", "agent"):
-        assert subject not in rows or rows[subject]["status"] != "mend", rows[subject]
+    assert not {"nft", "nftables", "underlay"} & rows.keys()
+    assert [row for row in found if row["status"] == "mend"] == []
 
 
 def test_a_node_of_slurms_refuses(cluster: Cluster, image: str) -> None:
@@ -250,9 +250,9 @@ def test_it_is_like_a_child_of_the_command(laptop: Cluster) -> None:
 def test_it_is_in_the_cgroups_of_the_command(laptop: Cluster) -> None:
     """Of every hierarchy; what the command is held to holds its program."""
     parents = [Path("/sys/fs/cgroup/pids"), Path("/sys/fs/cgroup/freezer"), Path("/sys/fs/cgroup/unified")]
-    made = [parent / f"enclos-test-{os.getpid()}" for parent in parents if (parent / "cgroup.procs").exists()]
+    made = [parent / f"enclos-test-{os.getpid()}" for parent in parents if os.access(parent / "cgroup.procs", os.W_OK)]
     if not made:
-        pytest.skip("needs hierarchies of cgroup v1")
+        pytest.skip("needs hierarchies of cgroup v1 that can be written")
     for directory in made:
         directory.mkdir()
     try:
@@ -299,12 +299,11 @@ def test_a_session_keyring_of_its_own(laptop: Cluster) -> None:
     code = "import ctypes; print(ctypes.CDLL(None).syscall(250, 0, -3, 0))"
     mounts = ",".join(path for path in ("/usr", "/lib", "/lib64") if Path(path).exists())
     words = [*RUN, f"--container-mounts={mounts}", BOX, "/usr/bin/python3", "-c", code]
+    own = laptop.run(["/usr/bin/python3", "-c", code], "usera", "n1")
+    if os.uname().machine != "x86_64" or int(own.stdout) < 0:
+        pytest.skip("the number of keyctl is another here, or it is forbidden")
     found = [laptop.run(words, "usera", "n1") for _ in range(2)]
-    assert found[0].returncode == 0, found[0].stderr
-    if os.uname().machine == "x86_64":
-        assert len({done.stdout for done in found}) == 2
-        own = laptop.run(["/usr/bin/python3", "-c", code], "usera", "n1").stdout
-        assert own not in {done.stdout for done in found}
+    assert len({done.stdout for done in (own, *found)}) == 3, found[0].stderr
 
 
 def until(true: Callable[[], bool], seconds: float = WAIT) -> None:
