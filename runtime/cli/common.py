@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 from collections.abc import Callable, Sequence
 from typing import NoReturn
@@ -45,6 +46,13 @@ def capture(run: Callable[[list[str]], int]) -> Parser:
     finally:
         Parser.capturing = False
     raise TypeError(f"{run.__module__} parses no arguments")
+
+
+def environment() -> dict[str, str]:
+    """The variables that this process was started with: Python adds LC_CTYPE where the locale is C (PEP 538)."""
+    with open("/proc/self/environ", "rb") as file:
+        entries = [os.fsdecode(entry).partition("=") for entry in file.read().split(b"\0")]
+    return {name: value for name, equals, value in entries if equals}
 
 
 def add_json(parser: argparse.ArgumentParser) -> None:

@@ -67,6 +67,7 @@ def finish(answer: protocol.Message, command: str) -> int:
 
 def _variables() -> dict[str, str]:
     """Of root's only what tells nothing: the program is the user's, who may read them."""
+    variables = common.environment()
     if os.geteuid() != 0:
-        return dict(os.environ)
-    return {name: value for name, value in os.environ.items() if name in ROOTS_VARIABLES}
+        return variables
+    return {name: value for name, value in variables.items() if name in ROOTS_VARIABLES}

@@ -40,13 +40,14 @@ def run(arguments: list[str]) -> int:
     if words and not any(getattr(given, name) for name in NAMING):
         setattr(given, "container-image", words[:1])
         words = words[2:] if words[1:2] == ["--"] else words[1:]
-    chosen, variables = options.choose(given, os.environ)
+    environment = common.environment()
+    chosen, variables = options.choose(given, environment)
     if "container-image" not in chosen and "container-name" not in chosen:
         parser.error("an image is required")
     fields = options.fields(chosen)
     if variables:
         fields.append(("option.env", ",".join(variables)))
-    return execute(fields, words, {**os.environ, **variables})
+    return execute(fields, words, {**environment, **variables})
 
 
 def execute(fields: Sequence[tuple[str, str]], command: Sequence[str], variables: Mapping[str, str]) -> int:

@@ -429,6 +429,14 @@ def test_a_profile(laptop: Cluster) -> None:
     assert done.stdout == "/opt\n61001\nprofile\n", done.stderr
 
 
+def test_no_variable_is_added(laptop: Cluster) -> None:
+    """Python has one of its own where the locale is C."""
+    done = laptop.run(["env", "-i", "MINE=1", f"{laptop.programs}/enclos", *RUN[1:], BOX, "env"], "usera", "n1")
+    names = {row.partition("=")[0] for row in done.stdout.splitlines()}
+    assert "MINE" in names, done.stderr
+    assert names - {"MINE", "FROM_IMAGE", "QUOTED", "BOTH"} == set()
+
+
 def test_container_env(laptop: Cluster) -> None:
     assert shell(laptop, "echo $BOTH", BOTH="mine") == "image\n"
     assert shell(laptop, "echo $BOTH", "--container-env=BOTH", BOTH="mine") == "mine\n"
