@@ -334,7 +334,7 @@ class NodeStep(Step):
         self.record["image"] = self._settled.image
         self._release_image()
         self._importing = None
-        if self._turn.beside is None and not self._settled.image_path():
+        if not self._settled.image_path():
             self._importing = asyncio.create_task(self._import())
             self._importing.add_done_callback(_retrieve)
             await asyncio.shield(self._importing)

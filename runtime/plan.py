@@ -146,7 +146,7 @@ def _early(
     beside = kept is not None and kept.beside
     path = request.image_path() or image.path
     if beside:
-        yield op.StageBeside()
+        yield op.StageBeside("" if request.image_path() else image.config)
     elif request.image_path():
         wanted_key = kept.image_key if kept else ""
         yield op.OpenImage(path, config.images.user_files, request.name, wanted_key)

@@ -30,9 +30,13 @@ class CloneImageMounts:
         return f"take what {FSTAB} of the image mounts"
 
     def execute(self, builder: Builder) -> None:
-        if "config" in builder.texts or "lower" not in builder.fds:
-            return  # An image from a registry: its fstab is for a machine. Or the container is there already.
-        data = rootfs.read_file(builder.fds["lower"], FSTAB)
+        if "config" in builder.texts:
+            return  # An image from a registry: its fstab is for a machine.
+        # Beside a container that runs there is no image but in that one's root.
+        root_fd = builder.fds.get("lower", builder.fds.get("beside", -1))
+        if root_fd < 0:
+            return  # The container is entered: it has its mounts.
+        data = rootfs.read_file(root_fd, FSTAB)
         builder.image_mounts, warnings = facts.fstab(data, dict(self.known))
         builder.results += [("warning", text) for text in warnings]
         for index, mount in enumerate(builder.image_mounts):

@@ -122,12 +122,17 @@ class StageBeside:
     """Take the root of a container that runs, for another one on the same files.
 
     The overlay itself, not its layers: two overlays with one upper layer would not see each other's changes.
+    `config` is the JSON text of an image's configuration, of a registry's; "" where the image's files say it.
     """
+
+    config: str = ""
 
     def describe(self) -> str:
         return "take the root of the container that runs on the same files"
 
     def execute(self, builder: Builder) -> None:
+        if self.config:
+            builder.texts["config"] = self.config.encode()
         with builder.need("beside") as answer, in_mounts_of(answer.fds[0]):
             fd = builder.keep("beside", linux.clone_tree("/", recursive=False))
         linux.set_attributes(fd, SAFE, clear=MOUNT_ATTR_RDONLY, propagation=MS_PRIVATE)

@@ -225,6 +225,19 @@ def test_the_images_fstab(idle: Cluster, enroot: str) -> None:
     assert run(idle, enroot, script) == f"of the host\nmine\nnone\n{read_only}size=64k\n"
 
 
+def test_a_container_beside_a_running_one_has_all_of_the_image(idle: Cluster, enroot: str) -> None:
+    """NAME:no_exec: the image's mounts, variables, working directory and entrypoint, as enroot's start gives them."""
+    look = 'cat /in/file; echo "$FROM_IMAGE $FROM_ENTRYPOINT $(pwd)"; touch /opt/end'
+    script = f"""
+        w="srun --overlap -n1 --container-name=w"
+        $w --container-image={enroot} sh -c 'touch /opt/on; until [ -e /opt/end ]; do sleep 0.05; done' &
+        until $w:exec true 2>/dev/null; do sleep 0.05; done
+        $w:no_exec --container-entrypoint sh -c '{look}'
+        wait"""
+    done = idle.run(["salloc", "-Q", "-w", "n1", "bash", "-c", script], "usera", timeout=60)
+    assert (done.returncode, done.stdout) == (0, "of the host\nyes yes and more /workspace\n"), done.stderr
+
+
 def test_the_images_fstab_gives_no_more_than_its_user_has(idle: Cluster, tmp_path: Path) -> None:
     """Sources are opened as the user, on the node."""
     idle.run("mkdir -p ~/private; echo secret > ~/private/file; chmod 700 ~/private", "userb")

@@ -146,6 +146,22 @@ def test_an_image_comes_and_srun_tells(site: Cluster) -> None:
     assert short.stdout == "first", short.stderr
 
 
+def test_a_container_beside_a_running_one_has_the_images_settings(site: Cluster) -> None:
+    """NAME:no_exec: entrypoint, variables and directory are in the configuration, not in files; its fstab is none."""
+    entry = b"#!/bin/sh\nexport FROM_ENTRYPOINT=yes\nexec \"$@\"\n"
+    more = [Entry("entry", data=entry, mode=0o755), Entry("etc", "dir", mode=0o755), Entry("opt", "dir", mode=0o1777),
+            Entry("etc/fstab", data=b"/home /in none bind\n")]  # fmt: skip
+    reference, _ = push(site, "beside", more=more, noise=1, config={"Entrypoint": ["/entry"], "WorkingDir": "/opt"})
+    script = f"""
+        w="srun --overlap -n1 --container-name=w"
+        $w --container-image={reference} sh -c 'echo > /opt/on; until [ -e /opt/end ]; do sleep 0.1; done' &
+        until $w:exec true 2>/dev/null; do sleep 0.05; done
+        $w:no_exec --container-entrypoint sh -c 'echo "$IMAGE_NAME $FROM_ENTRYPOINT $PWD"; test -e /in || >/opt/end'
+        wait"""
+    done = site.run(["salloc", "-Q", "-w", "n1", "bash", "-c", script], "usera", timeout=60)
+    assert (done.returncode, done.stdout) == (0, "beside yes /opt\n"), done.stderr
+
+
 def test_a_task_that_waits_for_an_import_is_told(site: Cluster) -> None:
     """The registry is held up until the task waits, so that there is something to tell, however fast the machine is."""
     reference, layout = push(site, "awaited")
