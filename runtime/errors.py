@@ -368,6 +368,17 @@ def registry_unreachable(reference: str, registry: str, cause: str) -> EnclosErr
     )
 
 
+def registry_busy(reference: str, registry: str, cause: str) -> EnclosError:
+    """It answers that it cannot, or that this user or address has asked too often."""
+    return UserError(
+        _image(reference),
+        f"the registry {registry} does not serve it now",
+        cause,
+        "try again later; where pulls are counted, as on Docker Hub, 'skopeo login' allows more of them",
+        transient=True,
+    )
+
+
 def registry_tls(reference: str, registry: str, cause: str) -> EnclosError:
     """The registry's certificate is not trusted, or it speaks no TLS."""
     return AdminError(

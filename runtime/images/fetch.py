@@ -323,6 +323,10 @@ _CAUSES: tuple[tuple[str, Callable[[Reference, str], errors.EnclosError]], ...] 
      lambda r, t: errors.image_unknown(r.text, r.registry)),
     (r"no such host|server misbehaving|Temporary failure in name resolution",
      lambda r, t: errors.registry_unknown(r.text, r.registry)),
+    (r"TLS handshake timeout|context deadline exceeded|Client.Timeout exceeded.*|timeout awaiting response headers",
+     lambda r, t: errors.registry_unreachable(r.text, r.registry, t)),
+    (r"toomanyrequests.*|429 .*|HTTP status: 5\d\d .*",
+     lambda r, t: errors.registry_busy(r.text, r.registry, t.removeprefix("HTTP status: "))),
     (r"x509: .*|tls: .*|server gave HTTP response to HTTPS client|certificate .*|malformed HTTP response",
      lambda r, t: errors.registry_tls(r.text, r.registry, t)),
     (r"connection refused|no route to host|network is unreachable|i/o timeout|connection timed out",
@@ -341,7 +345,9 @@ def _worded(reference: Reference, messages: str) -> errors.EnclosError:
     lines = [line for line in messages.splitlines() if line.strip()]
     last = lines[-1] if lines else ""
     quoted = re.search(r'msg="(.*)"$', last)
-    text = quoted[1].replace('\\"', '"') if quoted else last
+    # What is behind a `?` may be the right to a blob, as of S3; what is before an `@`, a password.
+    text = re.sub(r"(https?://)[^/\s\"]*@", r"\1", quoted[1].replace('\\"', '"') if quoted else last)
+    text = re.sub(r"(https?://[^\s\"?]*\?)[^\s\"]*", r"\1…", text)
     for pattern, make in _CAUSES:
         if found := re.search(pattern, text):
             return make(reference, found[0][:200])

@@ -263,7 +263,12 @@ class Importer:
         blobs = f"{work}/blobs/sha256"
         if os.path.islink(f"{work}/blobs") or os.path.islink(blobs):
             shutil.rmtree(work)  # An import before this one was led astray.
-        os.makedirs(blobs, 0o700, exist_ok=True)
+        for directory in (work, f"{work}/blobs", blobs):
+            # A fetcher that a registry had taken over could have left a link for root to follow.
+            if os.path.lexists(directory) and not stat.S_ISDIR(os.lstat(directory).st_mode):
+                os.unlink(directory)
+            with contextlib.suppress(FileExistsError):
+                os.mkdir(directory, 0o700)
         for layer in resolved.layers:
             path = f"{blobs}/{layer.digest.partition(':')[2]}"
             if layer.digest not in needed and not os.path.lexists(path):

@@ -79,6 +79,7 @@ class Build:
         self._keys = keys
         self._waiting = list(wanted)
         self._total = len(wanted)
+        self._known = {layer.digest for group in groups for layer in group}
         self._arrived: set[str] = set()
         self._growing: dict[str, str] = {}  # Digests, and the names of their files.
         self._converting: dict[Sandbox, tuple[int, int]] = {}
@@ -96,7 +97,7 @@ class Build:
         """
         self._open_blob, self._fetcher, self._config = open_blob, fetcher, config
         if fetcher is None:
-            self._arrived = {layer.digest for group in self._groups for layer in group}
+            self._arrived = set(self._known)
         try:
             while self._fetcher is not None or self._waiting or self._converting:
                 self._start_converters()
@@ -109,6 +110,9 @@ class Build:
         except BadGrowing as error:
             self._await_verdict()
             raise error.said from None
+        except Whole:
+            self._await_verdict()  # What is under way will be needed, and would be fetched from its beginning.
+            raise
         finally:
             for _, output_fd in self._converting.values():
                 self._store.drop_part(output_fd)
@@ -126,15 +130,15 @@ class Build:
             wanted = {layer.digest for index in self._waiting for layer in self._groups[index]}
             if (wanted | self._growing.keys()) - self._arrived:
                 raise errors.import_failed(self._order.image, "a layer did not arrive")
-        elif message.get("state") == "blob":
+        elif message.get("state") == "blob" and message.get("digest") in self._known:
             self._arrived.add(message.get("digest"))
-        elif message.get("state") == "growing":
+        elif message.get("state") == "growing" and message.get("digest") in self._known:
             self._growing[message.get("digest")] = message.get("file")
         elif message.get("state") == "config":
             self._config = message.get("text")
 
     def _await_verdict(self) -> None:
-        """Let the fetcher finish: its word on a blob, where it has one, is the better answer. Raises that."""
+        """Let the fetcher finish. Its error, where it has one, is the better answer to a bad blob. Raises that."""
         while self._fetcher is not None:
             self._hear_fetcher(*self._sandboxes.await_any([self._fetcher]))
 

@@ -55,6 +55,7 @@ SAMPLES: dict[str, tuple[object, ...]] = {
     "local_image_missing": ("oci:layout:1.2",),
     "registry_unknown": (TOOL, "registry.site:5000"),
     "registry_unreachable": (TOOL, "registry.site:5000", "connection refused"),
+    "registry_busy": (TOOL, "registry.site:5000", "503 Service Unavailable"),
     "registry_tls": (TOOL, "registry.site:5000", "x509: certificate signed by unknown authority"),
     "registry_lost": (TOOL, "registry.site:5000"),
     "image_unknown": (TOOL, "registry.site:5000"),
