@@ -135,6 +135,21 @@ def test_parts_in_an_ordinary_allocation(het: Cluster) -> None:
     assert "enclos: container options: which part of the heterogeneous step this is cannot be told" in done.stderr
 
 
+def test_of_an_allocations_parts_one_holds_for_all_steps(het: Cluster) -> None:
+    """Slurm hands on one set of options: of sbatch the first part's, of salloc the last one's."""
+    shared = het.layout.shared
+    shared.chmod(0o1777)
+    (shared / "het.sh").write_text(f"#!/bin/sh\nsrun --het-group=0,1 sh -c '{SHOW}'\n")
+    (shared / "het.sh").chmod(0o755)
+    part = f"-N1 -n1 {IMAGE} --container-slurm --container-mounts=/shared,/shared:"
+    one, two = f"{part}/one", f"{part}/two"
+    done = het.run(f"sbatch -Q -W -o /shared/het.out {one} : {two} /shared/het.sh", "usera", timeout=60)
+    rows = [row.split(" ", 1)[1] for row in (shared / "het.out").read_text().splitlines()]
+    assert (done.returncode, rows) == (0, ["61001 one host"] * 2)
+    done = het.run(f"salloc -Q {one} : {two} /shared/het.sh", "usera", timeout=60)
+    assert [row.split(" ", 1)[1] for row in done.stdout.splitlines()] == ["61001 two host"] * 2, done.stderr
+
+
 # -- one network for all parts ----------------------------------------------------------------------------
 
 TOOLS = f"{IMAGE} --container-mounts=/usr:/usr:ro,/shared:/shared --container-network=job"
