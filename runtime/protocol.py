@@ -17,6 +17,8 @@ VERSION = 1
 OLDEST_VERSION = 1
 MAX_PACKET_BYTES = 131072
 MAX_DESCRIPTORS = 64
+# Of 64 bits.
+LONGEST_NUMBER = 20
 SO_PEERPIDFD = 77
 
 Fields = Iterable[tuple[str, str]]
@@ -48,10 +50,10 @@ class Message:
         return list(self._values.get(key, ()))
 
     def number(self, key: str) -> int:
-        """`key` as a decimal number; raises ProtocolError when it is absent or not one."""
+        """`key` as a decimal number; raises ProtocolError when it is absent, not one, or longer than any here."""
         text = self.get(key)
-        if not (text.isascii() and text.isdigit()):
-            raise ProtocolError(f"{key}={text!r} is not a number")
+        if not (text.isascii() and text.isdigit() and len(text) <= LONGEST_NUMBER):
+            raise ProtocolError(f"{key}={text[:40]!r} is not a number")
         return int(text)
 
     @property

@@ -51,9 +51,9 @@ def test_what_cannot_be_sent_is_refused(fields: list[tuple[str, str]]) -> None:
 
 
 def test_numbers_are_decimal() -> None:
-    message = protocol.Message({"job": ["12"], "bad": ["-1"], "arabic": ["\u0663"]})
+    message = protocol.Message({"job": ["12"], "bad": ["-1"], "arabic": ["\u0663"], "long": ["1" * 5000]})
     assert message.number("job") == 12
-    for key in ("bad", "arabic", "absent"):
+    for key in ("bad", "arabic", "long", "absent"):
         with pytest.raises(protocol.ProtocolError):
             message.number(key)
 
