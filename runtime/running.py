@@ -247,8 +247,20 @@ class _Runner:
 def _be_like(pid: int) -> None:
     """Take from the command what a child of its own would have. Raises OSError, also when it has ended."""
     cgroup.follow(pid)
+    _take_login(pid)
     os.sched_setaffinity(0, os.sched_getaffinity(pid))
     os.setpriority(os.PRIO_PROCESS, 0, os.getpriority(os.PRIO_PROCESS, pid))
     Path("/proc/self/oom_score_adj").write_text(Path(f"/proc/{pid}/oom_score_adj").read_text())
     rows = Path(f"/proc/{pid}/status").read_text(errors="replace").splitlines()
     os.umask(next(int(row.split()[1], 8) for row in rows if row.startswith("Umask:")))
+
+
+def _take_login(pid: int) -> None:
+    """Whose login it is that the kernel's audit writes beside all that a process does (pam_loginuid(8))."""
+    own = Path("/proc/self/loginuid")
+    try:
+        login = Path(f"/proc/{pid}/loginuid").read_text()
+    except FileNotFoundError:
+        return  # A kernel without audit, or the command has ended, which is seen next.
+    if login != own.read_text():
+        own.write_text(login)

@@ -247,6 +247,14 @@ def test_it_is_like_a_child_of_the_command(laptop: Cluster) -> None:
     assert rows[:2] == ["321", "654"]
 
 
+def test_audit_knows_whose_login_it_is(laptop: Cluster) -> None:
+    if not Path("/proc/self/loginuid").exists():
+        pytest.skip("this kernel has no audit")
+    become = "setpriv --reuid=61001 --regid=61001 --init-groups"
+    script = f"echo 61001 >/proc/self/loginuid; exec {become} enclos run {BOX} cat /proc/self/loginuid"
+    assert laptop.run(["sh", "-c", script], "root", "n1").stdout == "61001"
+
+
 def test_it_is_in_the_cgroups_of_the_command(laptop: Cluster) -> None:
     """Of every hierarchy; what the command is held to holds its program."""
     parents = [Path("/sys/fs/cgroup/pids"), Path("/sys/fs/cgroup/freezer"), Path("/sys/fs/cgroup/unified")]
