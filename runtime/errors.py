@@ -48,9 +48,9 @@ class EnclosError(Exception):
         return printable("".join(parts))
 
     def fields(self) -> list[tuple[str, str]]:
-        """The packet that says it to the agent."""
+        """The packet that says it to the agent. What it quotes may be of a stranger, and hold what no packet can."""
         parts = [("subject", self.subject), ("what", self.what), ("cause", self.cause), ("hint", self.hint)]
-        return [("state", "error"), *parts, ("transient", str(int(self.transient)))]
+        return [("state", "error"), *((key, printable(text)) for key, text in parts), ("transient", str(int(self.transient)))]
 
     def __str__(self) -> str:
         return self.line()

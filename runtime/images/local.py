@@ -164,13 +164,18 @@ def _layout(files: Files, reference: Reference) -> Found:
 
 
 def _by_tag(entries: list[dict[str, Any]], tag: str) -> str:
-    tags = {str((entry.get("annotations") or {}).get(TAG, "")): entry for entry in entries}
+    tags = {_tag(entry): entry for entry in entries}
     if not tag and len(entries) == 1:
         return str(entries[0].get("digest"))
     if tag not in tags:
         known = ", ".join(sorted(name for name in tags if name)) or "none"
         raise BadManifest(f"it has no tag {tag}; its tags: {known}" if tag else f"which of its tags: {known}")
     return str(tags[tag].get("digest"))
+
+
+def _tag(entry: dict[str, Any]) -> str:
+    annotations = entry.get("annotations")
+    return str(annotations.get(TAG, "")) if isinstance(annotations, dict) else ""
 
 
 def _blob(files: Files, digest: str) -> bytes:

@@ -59,8 +59,11 @@ def digest_of(data: bytes) -> str:
 def parse(data: bytes) -> Manifest | list[dict[str, Any]]:
     """A manifest, or the entries of an index. Raises BadManifest."""
     raw = _object(data)
-    if raw.get("mediaType") in INDEXES or isinstance(raw.get("manifests"), list):
-        return [entry for entry in raw.get("manifests", []) if isinstance(entry, dict)]
+    entries = raw.get("manifests")
+    if raw.get("mediaType") in INDEXES or isinstance(entries, list):
+        if not isinstance(entries, list):
+            raise BadManifest("its index has no list of manifests")
+        return [entry for entry in entries if isinstance(entry, dict)]
     if raw.get("schemaVersion") != 2 or not isinstance(raw.get("layers"), list):
         raise BadManifest("its manifest is of a kind that is not supported (Docker schema 1, or no image)")
     layers = tuple(_described(entry) for entry in raw["layers"])
