@@ -50,7 +50,8 @@ class EnclosError(Exception):
     def fields(self) -> list[tuple[str, str]]:
         """The packet that says it to the agent. What it quotes may be of a stranger, and hold what no packet can."""
         parts = [("subject", self.subject), ("what", self.what), ("cause", self.cause), ("hint", self.hint)]
-        return [("state", "error"), *((key, printable(text)) for key, text in parts), ("transient", str(int(self.transient)))]
+        shown = [(key, printable(text)) for key, text in parts]
+        return [("state", "error"), *shown, ("transient", str(int(self.transient)))]
 
     def __str__(self) -> str:
         return self.line()

@@ -140,6 +140,7 @@ def _parser() -> common.Parser:
 def _pull(work: Work) -> int:
     from enclos.runtime.images.pulling import Puller
 
+    _check_authfile(work, "pull")
     wanted = [work.reference(text) for text in work.given.image]
     for one in wanted:
         if not one.is_registry:
@@ -163,6 +164,15 @@ def _pull(work: Work) -> int:
     return 0
 
 
+def _check_authfile(work: Work, verb: str) -> None:
+    """One that was named has to be there; of those that may be there, none need be."""
+    if path := work.given.authfile:
+        try:
+            os.close(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC))
+        except OSError as error:
+            raise errors.usage(f"image {verb}", f"--authfile={path}: {errors.reason(error.errno or 0)}") from error
+
+
 def _of_job(work: Work) -> list[Reference]:
     """The images of registries that a job names; what else it names is said, and is no error: its steps find it."""
     from enclos.runtime.cli import jobimages
@@ -171,10 +181,16 @@ def _of_job(work: Work) -> list[Reference]:
     for text in jobimages.of_job(work.given.job):
         if "$" in text or "`" in text:
             common.say(f"{text}: not fetched: what it stands for is known when the job runs")
-        elif not (one := work.reference(text)).is_registry:
-            common.say(f"{text}: not fetched: it is no image of a registry")
-        else:
+            continue
+        try:
+            one = reference.parse(text, work.config.imports.default_registry)
+        except BadReference as error:
+            common.say(f"{text}: not fetched: {error}")
+            continue
+        if one.is_registry:
             found.append(one)
+        else:
+            common.say(f"{text}: not fetched: it is no image of a registry")
     return found
 
 
@@ -269,6 +285,7 @@ def _inspect(work: Work) -> int:
 def _resolve(work: Work) -> int:
     from enclos.runtime.images.pulling import Puller
 
+    _check_authfile(work, "resolve")
     wanted = work.reference(work.given.image)
     if not wanted.is_registry:
         raise errors.bad_image_reference(wanted.text, "only images of registries have a digest there")

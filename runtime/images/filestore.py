@@ -7,7 +7,8 @@ it: whoever works on a digest holds a lock, the others wait for it in the kernel
     STORE/
         images/HEX.sqsh      0444, complete: appears by rename
         images/HEX.json      StoredImage, written after it; without it the image is not there
-        names/NAME           the digest that a name had when it was pulled; NAME is quoted
+        names/NAME           the digest that a name had when it was pulled; NAME is quoted. Of a name that is too long
+                             for a file's it is the beginning and a checksum; the second line then has all of it
         work/HEX.lock        locked by whoever makes images/HEX
         work/                beside the locks a store of the importer's (layout.py), with what it has fetched: kept when
                              it is interrupted
@@ -22,6 +23,7 @@ import contextlib
 import fcntl
 import json
 import os
+import re
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
@@ -35,6 +37,11 @@ FORMAT = 1
 TEXT_LIMIT_BYTES = 1 << 20
 COPY_BYTES = 1 << 20
 UNFINISHED_SECONDS = 86400
+# A file's name has 255 bytes; a number and `.new` come behind it while it is written (_write).
+QUOTED_LIMIT = 230
+BEGINNING = 160
+NAME_LIMIT_BYTES = 8192
+_LONG = re.compile(r".*~[0-9a-f]{64}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,7 +115,7 @@ class FileStore:
         """The digest that a name has here, or "". A name is a reference in its canonical form."""
         try:
             with open(f"{self.directory}/names/{_file_name(name)}", "rb") as file:
-                digest = file.read(256).decode(errors="replace").strip()
+                digest = file.read(256).decode(errors="replace").partition("\n")[0]
             hex_of(digest)
             return digest
         except (FileNotFoundError, NotADirectoryError, ValueError):
@@ -135,7 +142,13 @@ class FileStore:
 
     def _names(self) -> Iterator[str]:
         for entry in _list(f"{self.directory}/names"):
-            yield unquote(entry)
+            if _LONG.fullmatch(entry) is None:
+                yield unquote(entry)
+                continue
+            with contextlib.suppress(OSError), open(f"{self.directory}/names/{entry}", "rb") as file:
+                _, _, name = file.read(NAME_LIMIT_BYTES).decode(errors="replace").rstrip("\n").partition("\n")
+                if _file_name(name) == entry:
+                    yield name
 
     # --- writing ----------------------------------------------------------------------------------------------
 
@@ -175,7 +188,9 @@ class FileStore:
 
     def name(self, name: str, digest: str) -> None:
         """Give a name to an image, or another image to a name."""
-        self._write(f"{self.directory}/names/{_file_name(name)}", f"{digest}\n")
+        entry = _file_name(name)
+        rest = f"{name}\n" if _LONG.fullmatch(entry) else ""
+        self._write(f"{self.directory}/names/{entry}", f"{digest}\n{rest}")
 
     def remove_name(self, name: str) -> None:
         _remove(f"{self.directory}/names/{_file_name(name)}")
@@ -289,11 +304,13 @@ def checksum(path: str) -> str:
 
 
 def _file_name(name: str) -> str:
-    """A name as one file name. Raises ValueError for one that is too long for any file system."""
+    """A name as one file name; where it is too long for one, its beginning and a checksum."""
     quoted = quote(name, safe="")
-    if not 0 < len(quoted) <= 250:
-        raise ValueError(f"a name of {len(quoted)} characters")
-    return quoted
+    if len(quoted) <= QUOTED_LIMIT:
+        return quoted
+    import hashlib
+
+    return f"{quoted[:BEGINNING]}~{hashlib.sha256(name.encode('utf-8', 'surrogateescape')).hexdigest()}"
 
 
 def _remove(path: str) -> None:

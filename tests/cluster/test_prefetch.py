@@ -232,6 +232,7 @@ def test_a_job_is_only_its_users(fresh: Cluster) -> None:
     ("#!/bin/sh\nsrun hostname\n", 1, "it names no image"),
     ("#!/bin/sh\nsrun --container-image=$1 hostname\n", 0, "$1: not fetched: what it stands for is known when the job"),
     ("#!/bin/sh\nsrun --container-image=/images/x.sqsh true\n", 0, "/images/x.sqsh: not fetched: it is no image of a"),
+    ("#!/bin/sh\nsrun --container-image=docker://n2:5099/UP true\n", 0, "UP: not fetched: 'UP' is no name in a"),
     ("#!/bin/sh\nsrun --container-image=docker://n2:5099/none:1 true\n", 1, "docker://n2:5099/none:1: image not found"),
 ])  # fmt: skip
 def test_a_job_whose_images_cannot_be_fetched(fresh: Cluster, script: str, status: int, text: str) -> None:

@@ -156,6 +156,28 @@ def test_an_argument_is_named_as_it_was_typed(caller: Caller, words: tuple[str, 
     assert done.stderr.startswith(f"enclos: {line}"), done.stderr
 
 
+def test_a_name_that_is_too_long_for_a_file(caller: Caller, registry: Registry) -> None:
+    """As of registries with groups in groups, and tags that are a branch's name."""
+    long = "/".join(["a-group-of-many-words"] * 9)
+    registry.push(registry.folder / "small", long)
+    name = f"docker://{registry.address}/{long}:t"
+    done = caller.run("pull", f"{long}:t")
+    assert done.returncode == 0, done.stderr
+    assert [image["names"] for image in caller.json("ls")] == [[name]]
+    assert caller.json("inspect", name)["names"] == [name]
+    assert caller.run("gc").stdout == ""
+    assert caller.run("pull", f"{long}:t").stderr.count("is here already") == 1
+    assert caller.run("rm", name).returncode == 0
+    assert files(caller.store) == []
+
+
+def test_credentials_that_were_named_have_to_be_there(caller: Caller) -> None:
+    done = caller.run("pull", "small:t", "--authfile", "/nowhere/auth.json")
+    assert (done.returncode, done.stderr.splitlines()[0]) == (
+        2, "enclos: image pull: --authfile=/nowhere/auth.json: no such file or directory")  # fmt: skip
+    assert files(caller.store) == []
+
+
 def test_resolve(caller: Caller, registry: Registry) -> None:
     shown = caller.json("resolve", "small:t")
     assert shown["digest"].startswith("sha256:")
