@@ -268,6 +268,16 @@ def image_file_unusable(path: str, number: int) -> EnclosError:
     )
 
 
+def auth_file_unusable(path: str, detail: str) -> EnclosError:
+    """The file of --authfile."""
+    return UserError(
+        f"--authfile={path}",
+        "the file cannot be used",
+        detail,
+        "'skopeo login --authfile FILE REGISTRY' makes one; without this option skopeo's own is looked for",
+    )
+
+
 def no_own_store() -> EnclosError:
     """The site gave this user no store, or root no site store."""
     return UserError(

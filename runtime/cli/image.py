@@ -120,7 +120,7 @@ def _parser() -> common.Parser:
     verb("inspect", _inspect, "show what is known of an image").add_argument("image", help=NAMED)
     verb("rm", _rm, "remove images from your store").add_argument("image", nargs="+", help=NAMED)
     collect = verb("gc", _gc, "remove images without a name, and what interrupted pulls left")
-    collect.add_argument("--unused", type=int, default=-1, metavar="DAYS", help="and images not used for so long")
+    collect.add_argument("--unused", type=_days, default=-1, metavar="DAYS", help="and images not used for so long")
     export = verb("export", _export, "write an image to a squashfs file")
     export.add_argument("image", help=NAMED)
     export.add_argument("file", help="the file; one that is there is left alone")
@@ -132,6 +132,29 @@ def _parser() -> common.Parser:
     resolve.add_argument("--registry", action="store_true", help="ask the registry in any case")
     resolve.add_argument("--authfile", default="", metavar="FILE", help="credentials, as skopeo has them")
     return parser
+
+
+def _days(text: str) -> int:
+    """A number of days for argparse, which would take a negative one."""
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError("it is a number of days, 0 or more")
+    return int(text)
+
+
+def _auth_file(work: Work) -> str:
+    """The file of --authfile: where credentials usually are, missing ones are none; here they are a mistake."""
+    path: str = work.given.authfile
+    if not path:
+        return ""
+    try:
+        with open(path, "rb") as file:
+            if not isinstance(json.load(file), dict):
+                raise errors.auth_file_unusable(path, "it is no auth.json")
+    except OSError as error:
+        raise errors.auth_file_unusable(path, errors.reason(error.errno or 0)) from error
+    except (ValueError, RecursionError) as error:
+        raise errors.auth_file_unusable(path, "it is no auth.json") from error
+    return os.path.abspath(path)
 
 
 # -- filling ---------------------------------------------------------------------------------------------------
@@ -148,12 +171,13 @@ def _pull(work: Work) -> int:
     wanted += _of_job(work) if work.given.job else []
     if not wanted and not work.given.job:
         raise errors.usage("image pull", "name an image, or a job with --job")
+    auth_file = _auth_file(work)
     store = work.own()
     store.make()
     done = []
     for one in wanted:
         with progress.shown(one.text, store) as show:
-            puller = Puller(work.config, show, work.given.authfile)
+            puller = Puller(work.config, show, auth_file)
             begin = time.monotonic()
             image, new = puller.pull(store, one)
             words = f"pulled in {time.monotonic() - begin:.1f} s" if new else "is here already"
@@ -289,8 +313,9 @@ def _resolve(work: Work) -> int:
     wanted = work.reference(work.given.image)
     if not wanted.is_registry:
         raise errors.bad_image_reference(wanted.text, "only images of registries have a digest there")
+    auth_file = _auth_file(work)
     digest = "" if work.given.registry else work.stored_digest(wanted.canonical())
-    digest = digest or Puller(work.config, lambda text: None, work.given.authfile).resolve(wanted)
+    digest = digest or Puller(work.config, lambda text: None, auth_file).resolve(wanted)
     return _say(work, wanted.pinned(digest).canonical(), {"image": wanted.canonical(), "digest": digest})
 
 
@@ -346,7 +371,7 @@ def _as_json(kind: str, store: FileStore, image: StoredImage) -> dict[str, objec
     except ValueError:
         configuration = {}
     return {
-        "names": list(image.names),
+        "names": list(store.names_of(image.digest)),
         "digest": image.digest,
         "source": image.source,
         "bytes": image.bytes,

@@ -134,6 +134,10 @@ class FileStore:
                 found.append(StoredImage(**fields))
         return sorted(found, key=lambda image: -image.created)
 
+    def names_of(self, digest: str) -> tuple[str, ...]:
+        """The names that an image has here."""
+        return tuple(sorted(name for name in self._names() if self.digest_of(name) == digest))
+
     def _find_hex(self, stem: str) -> StoredImage | None:
         try:
             return self.find(f"sha256:{stem}")

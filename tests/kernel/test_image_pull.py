@@ -129,6 +129,7 @@ def test_pull_and_what_is_there_then(caller: Caller, registry: Registry) -> None
     # By what it is called, its digest, and the beginning of that.
     for text in ("small:t", name, shown["digest"], shown["digest"][7:17]):
         assert caller.json("inspect", text)["path"] == str(path)
+        assert caller.json("inspect", text)["names"] == [name]
     copy = Path(caller.store.directory).with_name("copy.sqsh")
     assert caller.run("export", "small:t", str(copy)).returncode == 0
     assert copy.read_bytes() == path.read_bytes()
@@ -143,7 +144,7 @@ def test_pull_and_what_is_there_then(caller: Caller, registry: Registry) -> None
 @pytest.mark.parametrize(
     ("words", "line"),
     [
-        (("import", "none.sqsh", "small:t"), "none.sqsh: the file cannot be used (no such file or directory)"),
+        (("import", "none.sqsh", "small:t"), "none.sqsh: the file cannot be used (no such file"),
         (("import", "/etc/hostname", "/small"), "/small: no such kind of image (it must be a name, as docker://"),
         (("pull", "./small"), "./small: no such kind of image (only images of registries can be pulled)"),
         # This one srun asks for its user, who typed the option.
@@ -205,6 +206,9 @@ def test_resolve_says_what_a_step_would_run(caller: Caller, registry: Registry) 
 @pytest.mark.parametrize(("words", "text"), [
     (["pull", "missing:t"], "image not found"),
     (["pull", "/etc/passwd"], "only images of registries can be pulled"),
+    (["pull", "--authfile", "/nope", "small:t"], "/nope: the file cannot be used (no such file"),
+    (["pull", "--authfile", "/etc/hosts", "small:t"], "/etc/hosts: the file cannot be used (it is no auth"),
+    (["resolve", "--authfile", "/nope", "small:t"], "/nope: the file cannot be used"),
     (["inspect", "small:t"], "no such image"),
     (["rm", "small:t"], "no such image"),
 ])  # fmt: skip
@@ -330,6 +334,12 @@ def test_gc_takes_what_killed_pulls_left_on_the_way(caller: Caller) -> None:
         os.utime(path, (0, 0))
     assert caller.run("gc").returncode == 0
     assert files(caller.store) == before
+
+
+@pytest.mark.parametrize("days", ["-5", "x", "1.5", ""])
+def test_days_are_a_number(caller: Caller, days: str) -> None:
+    done = caller.run("gc", f"--unused={days}")
+    assert done.returncode == 2 and "it is a number of days, 0 or more" in done.stderr
 
 
 def test_import_of_a_file(caller: Caller, tmp_path: Path) -> None:

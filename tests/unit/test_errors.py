@@ -44,6 +44,7 @@ SAMPLES: dict[str, tuple[object, ...]] = {
     "image_not_in_store": ("debian:13", ["/site/images", "/home/usera/.local/share/enclos/images"]),
     "store_unusable": ("/home/usera/.local/share/enclos/images", errno.EACCES),
     "image_file_unusable": ("out.sqsh", errno.EEXIST),
+    "auth_file_unusable": ("/home/usera/auth.json", "no such file or directory"),
     "no_own_store": (),
     "job_unknown": ("1234",),
     "job_not_own": ("1234",),
