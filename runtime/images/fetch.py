@@ -208,6 +208,8 @@ def _download(channel: socket.socket, reference: Reference, layers: Sequence[Lay
     if process.returncode != 0:
         raise _worded(reference, messages.decode("utf-8", "replace"))
     arrivals.tell()
+    if arrivals.is_short():
+        raise errors.image_bad_manifest(reference.text, "a layer has another size than its manifest says")
     send(channel, [("state", "config"), ("text", _read_config(reference, config))])
 
 
@@ -244,6 +246,12 @@ class _Arrivals:
         missing = self._layers - there
         if len(missing) == 1 and not self._told_growing:
             self._tell_growing(missing.pop())
+
+    def is_short(self) -> bool:
+        """Whether a blob is finished that is not of the size that it should have; skopeo compares digests alone."""
+        # An empty file stands for a layer that is not needed, and its size may be anything.
+        sizes = {name: os.stat(f"{BLOBS}/{name}").st_size for name in os.listdir(BLOBS)}
+        return any(sizes.get(name, 0) not in (0, size) for name, size in self.wanted.items())
 
     def _tell_growing(self, name: str) -> None:
         """The names of unfinished blobs do not say whose they are: only the last one's is known."""

@@ -29,6 +29,7 @@ log = logging.getLogger("enclosd")
 
 ATTEMPTS = 3
 VERIFY_SECONDS = 1800
+SILENT_SECONDS = 3  # After which whoever waits is told that there is no answer yet.
 Progress = Callable[[str], None]
 
 
@@ -128,7 +129,7 @@ class Imports:
             child = self._spawner.spawn("import", self._order(want, slot).fields())
             stack.callback(child.close)
             stack.callback(child.kill)
-            resolved = await self._resolved(want, child)
+            resolved = await self._resolved(want, child, progress)
             record = self.cache.find(resolved.digest)
             if record is not None and self.cache.came_from(record, source):
                 return self.cache.grant(record, want.uid, source, resolved.private)
@@ -139,7 +140,10 @@ class Imports:
                 return await self._await(running, progress)
         return await self._await_other(running, want, resolved, progress)
 
-    async def _resolved(self, want: Want, child: Child) -> _Resolved:
+    async def _resolved(self, want: Want, child: Child, progress: Progress) -> _Resolved:
+        who = "waiting for what the registry says of" if want.reference.is_registry else "looking into"
+        text = f"{who} {want.reference.text}"
+        late = asyncio.get_running_loop().call_later(SILENT_SECONDS, progress, text)
         try:
             async with asyncio.timeout(self._config.deadline_seconds):
                 with await child.receive() as message:
@@ -147,6 +151,8 @@ class Imports:
                     return _Resolved(message)
         except TimeoutError:
             raise errors.import_timed_out(want.reference.text, self._config.deadline_seconds) from None
+        finally:
+            late.cancel()
 
     async def _await_other(
         self, running: _Running, want: Want, resolved: _Resolved, progress: Progress

@@ -25,7 +25,7 @@ from enclos.runtime.cluster.slurm import address4
 sys.path.insert(0, str(Path(__file__).parents[1] / "kernel"))
 from layers import Entry, layer, write_layout
 
-PRIVATE_PORT, LIAR_PORT = 5001, 5002
+PRIVATE_PORT, LIAR_PORT, SILENT_PORT = INSECURE = 5001, 5002, 5003
 # Of images with 8 MB of noise in them, three fit.
 CONFIG = "images:\n  idle_seconds: 0\nimports:\n  cache_size: 40M\n  default_registry: submit:5000\n"
 LIAR = """
@@ -59,7 +59,7 @@ def site(make_cluster: Callable[..., Cluster]) -> Cluster:
     )
     log = made.layout.log(SUBMIT, "private")
     daemons.start(made.record.machines[SUBMIT], ["docker-registry", "serve", str(folder / "config.yml")], log)
-    rows = [f'[[registry]]\nlocation = "submit:{port}"\ninsecure = true\n' for port in (PRIVATE_PORT, LIAR_PORT)]
+    rows = [f'[[registry]]\nlocation = "submit:{port}"\ninsecure = true\n' for port in INSECURE]
     made.path_on(SUBMIT, "/etc/containers/registries.conf.d/test.conf").write_text("\n".join(rows))
     return made
 
@@ -190,6 +190,25 @@ def name_of(pid: int) -> str:
     with contextlib.suppress(OSError):
         return Path(f"/proc/{pid}/comm").read_text().strip()
     return ""
+
+
+def test_a_registry_that_says_nothing(site: Cluster) -> None:
+    """It takes connections and does not answer: who waits is told what for, and can give up."""
+    listen = f"import socket, time; s = socket.create_server(('', {SILENT_PORT})); time.sleep(600)"
+    silent = site.popen([sys.executable, "-c", listen])
+    image = f"--container-image=docker://submit:{SILENT_PORT}/x@{'sha256:' + '0' * 64}"
+    running = site.popen(["srun", "-w", "n1", image, "true"], user="usera")
+    assert running.stderr is not None
+    line = running.stderr.readline()
+    assert f"waiting for what the registry says of docker://submit:{SILENT_PORT}/x@sha256:000" in line
+    site.run("scancel --user=usera")
+    running.communicate(timeout=60)
+    deadline = time.monotonic() + 20
+    while importers(site) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert importers(site) == []
+    silent.terminate()
+    silent.communicate(timeout=20)
 
 
 def test_a_tag_that_moves_is_one_image_for_a_step(site: Cluster) -> None:

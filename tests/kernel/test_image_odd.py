@@ -218,3 +218,21 @@ def test_a_link_in_a_work_directory_is_not_followed(store: Store, tmp_path: Path
             imported(f"docker://{address}/link:t", store)
         assert os.listdir(outside) == [] and outside.stat().st_uid == 0
         assert left(store)["work"] == []
+
+
+@pytest.mark.parametrize("more", [-100, 100])
+def test_a_manifest_whose_sizes_are_wrong(store: Store, tmp_path: Path, more: int) -> None:
+    """The only layer is read while it arrives: nobody waits for bytes that do not come."""
+    write_layout(tmp_path / "layout", [layer([Entry("x", data=os.urandom(1 << 20))])])
+    described = json.loads(blob(tmp_path / "layout", index_of(tmp_path / "layout")))
+    described["layers"][0]["size"] += more
+
+    def answer(handler: Handler, name: str) -> bool:
+        if "/manifests/" in handler.path:
+            send(handler, json.dumps(described).encode())
+        return "/manifests/" in handler.path
+
+    with scripted(tmp_path / "layout", answer) as address:
+        said = Import(f"docker://{address}/sizes:t", store).error()
+    assert said.endswith("(a layer has another size than its manifest says)")
+    assert left(store) == {"images": [], "parts": [], "work": []}
