@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import errno
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 ADMIN = "administrator: "
@@ -529,6 +529,8 @@ def program_missing(name: str) -> EnclosError:
 
 
 MOUNTS = "--container-mounts"
+# Of a list of names in an error.
+NAMES_CHARACTERS = 400
 
 
 def _mount(source: str, target: str, option: str) -> str:
@@ -898,12 +900,13 @@ def named_image_changed(name: str, image: str) -> EnclosError:
     )
 
 
-def named_limit(name: str, limit: int) -> EnclosError:
-    """Too many of one user."""
+def named_limit(name: str, limit: int, names: Iterable[str]) -> EnclosError:
+    """Too many of one user. Nothing else lists those that nobody uses."""
     return UserError(
         _named(name),
         f"you have {limit} named containers on this node already",
-        hint="use one of them, or end the jobs that they belong to; administrator: named.per_user in enclos.yaml",
+        ", ".join(sorted(names))[:NAMES_CHARACTERS],
+        "use one of them, or remove one there by 'enclos rm NAME'; administrator: named.per_user in enclos.yaml",
     )
 
 

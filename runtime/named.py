@@ -144,9 +144,9 @@ class NamedContainers:
         if not named.made:
             if not request.image:
                 raise errors.named_missing(request.name)
-            others = sum(1 for other in self._all.values() if other.key[0] == request.uid and other is not named)
-            if others >= self._settings.per_user:
-                raise errors.named_limit(request.name, self._settings.per_user)
+            others = [key[2] for key, other in self._all.items() if key[0] == request.uid and other is not named]
+            if len(others) >= self._settings.per_user:
+                raise errors.named_limit(request.name, self._settings.per_user, set(others))
             named.image = request.image_path() or request.image
             self._record(named)
         return Turn(named)
@@ -208,11 +208,15 @@ class NamedContainers:
     async def remove(self, uid: int, name: str) -> int:
         """Remove the user's containers of that name in which no step runs; returns how many."""
         found = [named for named in self._all.values() if named.key[0] == uid and named.key[2] == name]
-        idle = [named for named in found if not named.making.locked() and not any(s.running for s in named.steps)]
-        for named in idle:
+        count = 0
+        for named in found:
+            # Looked at one by one: while one is removed, a step may begin in the next.
+            if named.making.locked() or any(step.running for step in named.steps):
+                continue
             async with named.making:
                 await self._remove(named)
-        return len(idle)
+            count += 1
+        return count
 
     async def _remove(self, named: Named) -> None:
         if self._all.get(named.key) is named:

@@ -259,7 +259,7 @@ def test_limits(idle: Cluster) -> None:
     assert (int(size) <= 2 << 30, last) == (True, "three")
     head = "slurmstepd-n1: error: enclos: --container-name=8: "
     assert [row for row in said(done.stderr) if row.startswith(head)] == [
-        f"{head}you have 8 named containers on this node already on n1"
+        f"{head}you have 8 named containers on this node already (1, 2, 3, 4, 5, 6, 7, big) on n1"
     ]
 
 

@@ -99,7 +99,7 @@ SAMPLES: dict[str, tuple[object, ...]] = {
     "named_not_running": ("work",),
     "named_other_network": ("work", "job", "host"),
     "named_image_changed": ("work", IMAGE),
-    "named_limit": ("work", 8),
+    "named_limit": ("work", 8, ("two", "one")),
     "named_not_there": ("work",),
     "named_lost": ("work",),
     "exec_no_container": ("12.0",),
