@@ -18,6 +18,7 @@ VALUES = {
     "network": NETWORKS,
     "unshare": early.NAMESPACES,
     "rdma": ("auto", "none"),
+    "cgroup": ("readonly", "delegate"),
     "limit": tuple(f"{name}=" for name in limits.NAMES),
 }
 LISTS = ("unshare", "limit")

@@ -36,6 +36,9 @@ _enclos_values()
 	--container-limit)
 		words="memory= swap= cpu= cpuset= pids= io= hugetlb= rdma="
 		;;
+	--container-cgroup)
+		words="readonly delegate"
+		;;
 	--container-network)
 		words=$(enclos config show 2>/dev/null | sed -n 's/^step.networks *\[\(.*\)\].*/\1/p' | tr , ' ')
 		words=${words:-host job none}

@@ -251,6 +251,7 @@ REFUSED = [
     ("unshare=pid", "pid is not possible: tasks are started by Slurm, and no process can join a pid namespace"),
     ("name=a:sometimes", 'flag must be "auto", "create", "exec" or "no_exec"'),
     ("save=/tmp/", "target is a directory"),
+    ("cgroup=all", "expected readonly or delegate"),
     ("env=A=1", "invalid format: not a list of names of variables"),
 ]
 
@@ -412,10 +413,10 @@ def test_each_option_has_its_variables(cluster: Cluster, prefix: str) -> None:
     apart = ("readonly", "profile")
     rows = [row for row in OPTIONS if (row.env if prefix == "ENCLOS" else row.pyxis_env) and row.key not in apart]
     values = {row.key: values.get(row.key, "/v") if row.arginfo else "1" for row in rows}
-    values |= {"limit": "pids=7", "rdma": "auto"}
+    values |= {"limit": "pids=7", "rdma": "auto", "cgroup": "delegate"}
     variables = {f"{prefix}_CONTAINER_{row.key.upper().replace('-', '_')}": values[row.key] for row in rows}
     own = {"mounts": "/o:/o", "env": "O", "unshare": "uts", "network": "host", "device": "acme.com/o=o", "name": "o"}
-    own = {row.key: own.get(row.key, "/o") for row in rows} | {"limit": "pids=6", "rdma": "2"}
+    own = {row.key: own.get(row.key, "/o") for row in rows} | {"limit": "pids=6", "rdma": "2", "cgroup": "readonly"}
     words = [f"--{row.name}={own[row.key]}" for row in rows if row.arginfo]
     words += [f"--no-{row.name}" for row in rows if any(other.name == f"no-{row.name}" for other in OPTIONS)]
     with listening(cluster) as listener:

@@ -261,10 +261,15 @@ PIECES = {
     "rdma": ["auto", "none", "mlx5_0", ",", "0", "1", "9", "-", "*"],
     "unshare": ["net", "ipc", "uts", "pid", ",", "cgroup"],
     "network": ["job", "host", "none", "blue", ","],
+    "cgroup": ["readonly", "delegate", ","],
     "env": ["A", "b", ",", "=", "1", "_", ".", "-", " "],
     "save": ["/", "a", "./", "..", " "],
     "workdir": ["/", "a", "..", " "],
 }  # fmt: skip
+
+
+def test_no_option_is_left_out() -> None:
+    assert set(PIECES) == {option.key for option in OPTIONS if option.checks} - {"profile"}
 
 
 @pytest.mark.parametrize("key", PIECES)

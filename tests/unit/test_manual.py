@@ -105,6 +105,7 @@ def test_bash_completes_the_options_of_srun(no_slurm: dict[str, str]) -> None:
         ("--container-unshare=net,u", ["net,uts"]),
         ("--container-unshare=", ["net", "ipc", "uts"]),
         ("--container-rdma=", ["auto", "none"]),
+        ("--container-cgroup=d", ["delegate"]),
         ("--container-limit=memory=1G,cp", ["memory=1G,cpu=", "memory=1G,cpuset="]),
         ("--container-profile=m", ["mine"]),
         ("--container-image=", ["docker://debian:12", "docker://alpine:3"]),
