@@ -16,39 +16,31 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from enclos.netns import facts, namespace, relay
 from enclos.runtime import (
     cgroup,
     delegation,
-    environment,
     errors,
-    linux,
     plan,
     policy,
     protocol,
-    seccomp,
     stepd,
-    stored,
 )
-from enclos.runtime.connection import Connection, wait_readable
+from enclos.runtime.answer import Answer
+from enclos.runtime.connection import Connection
 from enclos.runtime.container import Container, Lent, clone_directories
-from enclos.runtime.devices import choice
 from enclos.runtime.devices.holdings import Asker, Place
 from enclos.runtime.idmap import container_maps
-from enclos.runtime.images.imports import want_of
-from enclos.runtime.images.layout import ImageRecord
-from enclos.runtime.images.reference import BadReference, NoRegistry
-from enclos.runtime.images.reference import parse as parse_reference
 from enclos.runtime.images.served import ServedImage
-from enclos.runtime.jobs import JobNetwork, word
 from enclos.runtime.members import identity
 from enclos.runtime.named import Turn
 from enclos.runtime.outside import Outside
 from enclos.runtime.protocol import ProtocolError
 from enclos.runtime.request import StepRequest
 from enclos.runtime.saving import Saving
-from enclos.runtime.spawner import Child, ChildDied
+from enclos.runtime.spawner import ChildDied
+from enclos.runtime.stepimage import StepImage, retrieve
 from enclos.runtime.steplimits import StepLimits
+from enclos.runtime.stepnetwork import StepNetwork
 from enclos.runtime.steps import JoinReply, Step, Surroundings, start_time
 
 if TYPE_CHECKING:
@@ -57,24 +49,8 @@ if TYPE_CHECKING:
 log = logging.getLogger("enclosd")
 
 ATTEMPTS = 2
-# Of what a user wrote, which comes back to him in one packet with everything else.
-NOTICE_CHARACTERS = 1000
 # Of the reply to a task, what a program that enters later needs as well.
 ENTERING = ("set", "default", "unset", "keep_caps", "workdir")
-
-# What container root may do to the files and processes of its own container: nothing here reaches further than
-# the user namespace, and mounting (CAP_SYS_ADMIN) is not among it.
-ROOT_CAPABILITIES = linux.capability_mask(
-    linux.CAP_CHOWN,
-    linux.CAP_DAC_OVERRIDE,
-    linux.CAP_DAC_READ_SEARCH,
-    linux.CAP_FOWNER,
-    linux.CAP_KILL,
-    linux.CAP_SETGID,
-    linux.CAP_SETUID,
-    linux.CAP_SETPCAP,
-    linux.CAP_SYS_CHROOT,
-)
 
 
 class NodeStep(Step):
@@ -86,25 +62,16 @@ class NodeStep(Step):
         # With the image that a named container was created from.
         self._settled = request
         self._turn: Turn | None = None
-        self.network = ""
-        self.addresses: tuple[str, str] = ("", "")
         self._begin = time.perf_counter()
         self._marks: list[tuple[str, float]] = []
         self._decision: policy.Decision | None = None
         self._limits: StepLimits | None = None
         self.container: Container | None = None
-        self._net_fd = -1
-        self._alone: JobNetwork | None = None
-        self._seccomp_fd = -1
-        self._entrypoint_fd = -1
+        self._network = StepNetwork(around)
+        self._answer = Answer(around, self.record_name)
         self._commands = ""
-        self._relay: Child | None = None
         self._notices: list[str] = []
-        # Where progress of an import is shown: at the first task.
-        self.progress: Callable[[str], None] | None = None
-        self._last_words = ""
-        self._importing: asyncio.Task[plan.CachedImage] | None = None
-        self._image: ImageRecord | None = None
+        self._image = StepImage(around, self.record, self._mark)
         self.ready: asyncio.Task[JoinReply] | None = None
         self._early: asyncio.Task[None] | None = None
         self._has_turn = asyncio.Event()
@@ -116,11 +83,10 @@ class NodeStep(Step):
     def prepare(self) -> None:
         """Begin to build; errors wait for the first join."""
         self._settled = self.request
-        if self._importing is None and not (self.request.name or self.request.image_path()):
-            self._importing = asyncio.create_task(self._import())
-            self._importing.add_done_callback(_retrieve)
+        if not (self._image.begun or self.request.name or self.request.image_path()):
+            self._image.begin(self.request)
         self._early = asyncio.create_task(self._build_early())
-        self._early.add_done_callback(_retrieve)
+        self._early.add_done_callback(retrieve)
 
     async def join(self, wanted: StepRequest) -> JoinReply:
         """The answer for one task; the first one finishes the container.
@@ -136,7 +102,7 @@ class NodeStep(Step):
             self._mark("joined")
             # At once, without waiting for anything: the other tasks' joins are here in the same moment.
             self.ready = asyncio.create_task(self._serve_first(wanted))
-            self.ready.add_done_callback(_retrieve)
+            self.ready.add_done_callback(retrieve)
         return await self.answer()
 
     def take_mounts(self, fd: int, task_pid: int, wanted: StepRequest) -> None:
@@ -191,9 +157,7 @@ class NodeStep(Step):
         return self._saving.channel(self.namespaces(), self._around.node)
 
     def show_progress(self, show: Callable[[str], None]) -> None:
-        self.progress = show
-        if self._last_words:
-            show(self._last_words)
+        self._image.show_progress(show)
 
     @property
     def joined(self) -> bool:
@@ -215,52 +179,6 @@ class NodeStep(Step):
             await asyncio.wait([self._early])
             self._early = None
             self._abandon()
-
-    # --- the image --------------------------------------------------------------------------------------------
-
-    async def _import(self) -> plan.CachedImage:
-        """Find an image of a registry in a store, or get it into the node's cache; without the deadline of a build."""
-        wanted = self._settled
-        config = self._around.config
-        policy.decide(wanted, config)
-        try:
-            reference = parse_reference(wanted.image, config.imports.default_registry)
-        except NoRegistry as error:
-            raise errors.image_not_found(wanted.image) from error
-        except BadReference as error:
-            raise errors.bad_image_reference(wanted.image, str(error)) from error
-        kept = self._turn.named.image_key if self._turn is not None and self._turn.named is not None else ""
-        digest = kept or reference.digest or wanted.image_digest()
-        ids = (wanted.uid, wanted.gid, wanted.groups)
-        found = None
-        if reference.is_registry:
-            found = await stored.find(self._around.spawner, config, ids, reference.canonical(), digest)
-        if found is not None:
-            self.record["digest"] = found.digest
-            self._mark("stored")
-            return plan.CachedImage((), found.config, found.path)
-        want = want_of(reference, digest, ids, wanted.home, wanted.auth_file, wanted.runtime_directory, wanted.cwd)
-        record = await self._around.imports.obtain(want, self._tell)
-        self._image = record
-        self.record["digest"] = record.digest
-        self._mark("image")
-        store = self._around.imports.cache.store
-        return plan.CachedImage(tuple(store.part_path(part.key) for part in record.parts), record.config)
-
-    def _tell(self, text: str) -> None:
-        self._last_words = errors.printable(text[:NOTICE_CHARACTERS])
-        if self.progress is not None:
-            self.progress(self._last_words)
-
-    async def _cached_image(self) -> plan.CachedImage:
-        if self._importing is None:
-            return plan.NO_IMAGE
-        return await asyncio.shield(self._importing)
-
-    def _release_image(self) -> None:
-        if self._image is not None:
-            self._around.imports.cache.release(self._image)
-            self._image = None
 
     # --- building ---------------------------------------------------------------------------------------------
 
@@ -289,7 +207,7 @@ class NodeStep(Step):
         """A container of the step's own, perhaps on files that are kept."""
         assert self._decision is not None
         config, decision = self._around.config, self._decision
-        self.network = decision.network
+        self._network.kind = decision.network
         kept = self._kept()
         stepd_pid = self.request.stepd
         pid_namespace_of = stepd_pid if stepd.own_namespaces(stepd_pid, self.request.image) else 0
@@ -297,7 +215,7 @@ class NodeStep(Step):
         if maps.dropped:
             count = len(maps.dropped)
             self._notices.append(f"{count} of your groups do not fit into the container's group map, ignoring")
-        network = asyncio.create_task(self._make_network(decision.network))
+        network = asyncio.create_task(self._network.make(self.request))
         try:
             slurm = await _slurm_client() if decision.slurm else None
             self._commands = os.path.dirname(slurm.commands[0][0]) if slurm else ""
@@ -308,11 +226,11 @@ class NodeStep(Step):
             cgroup_path, leader = self.record["cgroup"], self._het_leader()
             own_mounts = self._outside.fd >= 0
             node = plan.NodeFacts(self._around.stage, cgroup_path, slurm, devices, leader, pid_namespace_of, own_mounts)
-            image = await self._cached_image()
+            image = await self._image.get()
             early = plan.make(self._settled, decision, config, maps, node, image, kept)
             self.container = self._new_container(self._turn.beside if self._turn is not None else None)
             self._write_record()
-            await self.container.build(early, lambda: self._network_descriptors(network), self._lent())
+            await self.container.build(early, lambda: self._network.descriptors(network, self.request), self._lent())
             await network
             self.record |= {"devices": self.container.devices, "gpus": self.container.gpus}
             if self._turn is not None and self._turn.beside is not None:
@@ -332,12 +250,10 @@ class NodeStep(Step):
             return
         self._settled = replace(self.request, image=self._turn.named.image)
         self.record["image"] = self._settled.image
-        self._release_image()
-        self._importing = None
+        self._image.forget()
         if not self._settled.image_path():
-            self._importing = asyncio.create_task(self._import())
-            self._importing.add_done_callback(_retrieve)
-            await asyncio.shield(self._importing)
+            self._image.begin(self._settled, self._turn.named.image_key)
+            await self._image.get()
 
     def _kept(self) -> plan.Kept | None:
         """What the root of a named container is made of."""
@@ -363,10 +279,7 @@ class NodeStep(Step):
         # From now on: the other step may end at any moment, and what is in its container with it.
         self.share(other.namespaces()["user"])
         self._around.devices.holdings.share(self.record_name, other.record_name)
-        self.network = other.record["network"]
-        self.addresses = other.record["ipv4"], other.record["ipv6"]
-        if other.network_namespace() >= 0:
-            self._net_fd = os.dup(other.network_namespace())
+        self._network.share(other)
         self.record |= {key: other.record[key] for key in ("image", "devices", "gpus")}
         self.container = self._new_container(other)
         self.container.gpus = list(other.record["gpus"])
@@ -437,44 +350,12 @@ class NodeStep(Step):
         tenant = self._het_leader() or self.request.job
         return Place(self.request.job, tenant, net_fd, made.vni, made.index, made.ifname)
 
-    async def _network_descriptors(self, network: asyncio.Task[int]) -> list[int]:
-        """What the builder needs of the network: its namespace, and /etc/hosts where it has names of its own."""
-        net_fd = await network
-        if self.network != "job":
-            return [net_fd]
-        if self._alone is not None:
-            made = self._alone
-        else:
-            made = await self._around.jobs.network(self.request.job, self.request.uid)
-        self.addresses = made.own
-        return [net_fd, made.hosts_fd]
-
-    async def _make_network(self, kind: str) -> int:
-        """The network namespace of the step; -1 for the node's own.
-
-        The job's is copied: its epilog may close it while this step is still there, and then another job's
-        namespace may get the number.
-        """
-        if kind == "job" and self.request.is_run:
-            self._alone = self._around.jobs.alone()
-            self._net_fd = os.dup(self._alone.netns_fd)
-        elif kind == "job":
-            made = await self._around.jobs.network(self.request.job, self.request.uid)
-            self._net_fd, self.record["vni"] = os.dup(made.netns_fd), made.vni
-        elif kind == "none":
-            try:
-                self._net_fd = namespace.create_private()
-            except facts.NetworkFact as fact:
-                raise word(fact) from fact
-        return self._net_fd
-
     async def _finish(self) -> JoinReply:
         """Everything up to the answer for the first task: with a deadline, and a second attempt."""
         deadline = self._around.config.step.build_deadline_seconds
         for attempt in range(1, ATTEMPTS + 1):
             try:
-                if self._importing is not None:
-                    await asyncio.shield(self._importing)  # Its deadline is another one.
+                await self._image.get()  # Its deadline is another one.
                 async with asyncio.timeout(deadline):
                     if self._early is None:
                         await self._around.spawner.ready()
@@ -487,8 +368,7 @@ class NodeStep(Step):
                     await self._build_late()
                     if self._saving is not None:
                         await self._saving.check()
-                reply = self._make_reply()
-                self._become_joinable(reply)
+                reply = self._become_joinable()
                 self._log_ready(attempt)
                 return reply
             except (ChildDied, TimeoutError) as error:
@@ -515,10 +395,13 @@ class NodeStep(Step):
         await asyncio.wait([turn, self._early], return_when=asyncio.FIRST_COMPLETED)
         turn.cancel()
 
-    def _become_joinable(self, reply: JoinReply) -> None:
-        """The container is whole: also other steps and programs may enter it now."""
+    def _become_joinable(self) -> JoinReply:
+        """The container is whole: tasks enter it now, and other steps and programs may."""
         assert self.container is not None and self._decision is not None
         decision = self._decision
+        reply = self._answer.make(
+            self.request, decision, self.container, self._network, self._commands, self._notices
+        )
         self.record |= {key: getattr(decision, key) for key in ("remap_root", "mount_home", "writable")}
         self.record["environment"] = self.container.environment
         self.record["entering"] = self._entering(reply)
@@ -527,6 +410,7 @@ class NodeStep(Step):
         if self._turn is not None:
             self._around.named.built(self._turn, self, self.container.image_key or str(self.record.get("digest", "")))
             self._turn = None
+        return reply
 
     def _entering(self, reply: JoinReply) -> list[tuple[str, str]]:
         """What makes a process (entering.py) what the step's tasks are, also for an agent after this one."""
@@ -543,10 +427,11 @@ class NodeStep(Step):
         assert self.container is not None and self._decision is not None and self._limits is not None
         within = cgroup.place_of(self.request.stepd) if self.request.is_run and self._limits.needed else ""
         self.record["limits"] = self._limits.apply(self.record["cgroup"], within)
-        starting = self._start_relay()
         request = self.request
+        directories = plan.slurm_directories(request, self._het_leader())
+        starting = self._network.start_relay(request, self.stepd_pidfd, directories[0])
         try:
-            clones = clone_directories(plan.slurm_directories(request, self._het_leader()))
+            clones = clone_directories(directories)
             try:
                 if self._turn is not None and self._turn.running is not None:
                     late = plan.late_entered(request, list(clones))
@@ -557,106 +442,13 @@ class NodeStep(Step):
                 for fd in clones.values():
                     os.close(fd)
             if starting is not None:
-                await self._await_relay(starting)
+                await self._network.await_relay(starting)
+                self._mark("relayed")
         except BaseException:
             if starting is not None:
                 starting.kill()
                 starting.close()
             raise
-
-    def _start_relay(self) -> Child | None:
-        """Make slurmstepd's PMIx server reachable from the network namespace of the step.
-
-        The targets are sockets that slurmstepd itself listens on, never what the environment names.
-        """
-        if self._net_fd < 0 or self._relay is not None or self.request.is_run:
-            return None
-        server_directory, *_ = plan.slurm_directories(self.request, self._het_leader())
-        if not os.path.isdir(server_directory):
-            return None  # No PMIx in this step: the sockets of slurmstepd need not be looked through.
-        targets = relay.step_listeners(self.request.stepd)
-        if not targets:
-            return None
-        try:
-            listeners = relay.listen(self._net_fd, targets)
-        except facts.NetworkFact as fact:
-            raise word(fact) from fact
-        with contextlib.ExitStack() as stack:
-            for listener in listeners:
-                stack.enter_context(listener)
-            fds = [self.stepd_pidfd, *(listener.fileno() for listener in listeners)]
-            uid = self._around.config.network.relay_uid
-            return self._around.spawner.spawn("relay", [("uid", str(uid))], fds)
-
-    async def _await_relay(self, starting: Child) -> None:
-        """A relay that was killed while it started would leave MPI programs waiting."""
-        try:
-            starting_says = await starting.receive()
-        except ChildDied:
-            if starting.pidfd >= 0:
-                await wait_readable(starting.pidfd)  # The next one needs its addresses.
-            raise
-        starting_says.close()
-        self._relay = starting
-        self._mark("relayed")
-
-    def _make_reply(self) -> JoinReply:
-        assert self.container is not None and self._decision is not None
-        fields = [("status", "ok"), ("workdir", self.request.workdir or self.container.workdir or "/")]
-        fds = dict(self.container.namespaces)
-        if self._net_fd >= 0:
-            fds["net"] = self._net_fd
-        if self._decision.remap_root:
-            fields.append(("keep_caps", f"{ROOT_CAPABILITIES:x}"))
-            fds["seccomp"] = self._seccomp()
-            fields.append(("set", f"HOME={plan.ROOT_HOME}"))
-        fields += self._environment()
-        fields += self._entrypoint(fds)
-        fields += [("command", word) for word in self.container.command]
-        notices = (*self._notices, *self.container.warnings)
-        fields += [("notice", errors.printable(text[:NOTICE_CHARACTERS])) for text in notices]
-        return JoinReply(fields, fds)
-
-    def _entrypoint(self, fds: dict[str, int]) -> list[tuple[str, str]]:
-        """The entrypoint's words, and what the tasks share: the first one runs it, all take over what it changed."""
-        assert self.container is not None
-        if not self.container.entrypoint:
-            return []
-        if self._entrypoint_fd < 0:
-            self._entrypoint_fd = os.memfd_create("enclos-entrypoint", os.MFD_CLOEXEC)
-        fds["entrypoint"] = self._entrypoint_fd
-        log_wanted = [("entrypoint_log", "1")] if self.request.entrypoint_log else []
-        return [*(("entrypoint", word) for word in self.container.entrypoint), *log_wanted]
-
-    def _seccomp(self) -> int:
-        if self._seccomp_fd < 0:
-            self._seccomp_fd = os.memfd_create("enclos-seccomp", os.MFD_CLOEXEC)
-            os.write(self._seccomp_fd, seccomp.remap_root_filter(os.uname().machine))
-        return self._seccomp_fd
-
-    def _environment(self) -> list[tuple[str, str]]:
-        """The image's variables, and those of the job that name interfaces of the node's network."""
-        assert self.container is not None
-        pairs = [(name, value) for name, _, value in (entry.partition("=") for entry in self.container.environment)]
-        wanted = dict(environment.from_image(pairs, ()))
-        if self._commands and "PATH" in wanted:
-            wanted["PATH"] = environment.path_with(wanted["PATH"], self._commands)
-        kept = self.request.environment
-        fields = [("default" if name in kept else "set", f"{name}={value}") for name, value in wanted.items()]
-        fields += [("unset", name) for name in environment.NODE_ONLY_NAMES if name not in (*wanted, *kept)]
-        fields += [("set", entry) for entry in self.container.device_environment]
-        if places := choice.renumber(self.request.gpus, self.request.gpu_numbers, self.container.gpus):
-            fields.append(("gpu_places", ",".join(f"{number}:{place}" for number, place in places.items())))
-        if self._net_fd >= 0 and self.request.interface_variables:
-            names = ["lo", *([self._around.config.network.ifname] if self.network == "job" else [])]
-            addresses = [address for address in self.addresses if address]
-            names += self._around.devices.holdings.interfaces(self.record_name)
-            rdma = [device.partition("=")[2] for device in self.container.devices if device.startswith("rdma=")]
-            unset = environment.unset_interfaces(self.request.interface_variables, names, addresses, rdma)
-            fields += [("unset", name) for name in unset.names]
-            if unset.notice:
-                self._notices.append(unset.notice)
-        return fields
 
     # --- the end ----------------------------------------------------------------------------------------------
 
@@ -667,19 +459,19 @@ class NodeStep(Step):
         return self.container.served if self.container is not None else None
 
     def network_namespace(self) -> int:
-        return self._net_fd
+        return self._network.fd
 
     async def release(self) -> None:
         if self._saving is not None:
             await self._saving.close()
-        for task in (self._early, self.ready, self._importing):
+        for task in (self._early, self.ready):
             if task is not None and not task.done():
                 task.cancel()
                 with contextlib.suppress(asyncio.CancelledError, Exception):
                     await task
         self._abandon()
-        self._release_image()
-        self._drop_relay()
+        await self._image.release()
+        self._network.close()
         self._outside.close()
 
     def _abandon(self) -> None:
@@ -688,24 +480,11 @@ class NodeStep(Step):
         if self.container is not None:
             self.container.abandon()
             self.container = None
-        for fd in (self._net_fd, self._seccomp_fd, self._entrypoint_fd):
-            if fd >= 0:
-                os.close(fd)
-        self._entrypoint_fd = self._seccomp_fd = self._net_fd = -1
-        if self._alone is not None:
-            self._alone.close()
-            self._alone = None
-        if self.network != "job":
-            self._drop_relay()
+        self._network.drop()
+        self._answer.drop()
         if self._turn is not None:
             self._around.named.given_up(self._turn)
             self._turn = None
-
-    def _drop_relay(self) -> None:
-        if self._relay is not None:
-            self._relay.kill()
-            self._relay.close()
-            self._relay = None
 
     # --- records ----------------------------------------------------------------------------------------------
 
@@ -713,9 +492,11 @@ class NodeStep(Step):
         """Enough for an agent after this one to find the step again."""
         served = self.served_image()
         self.record["server"] = served.process if served is not None else None
-        self.record |= {"network": self.network, "ipv4": self.addresses[0], "ipv6": self.addresses[1]}
+        network = self._network
+        self.record |= {"network": network.kind, "vni": network.vni}
+        self.record |= {"ipv4": network.addresses[0], "ipv6": network.addresses[1]}
         self.record["namespaces"] = {name: identity(fd) for name, fd in self.namespaces().items()}
-        self.record["netns"] = identity(self._net_fd) if self._net_fd >= 0 else None
+        self.record["netns"] = identity(network.fd) if network.fd >= 0 else None
         self._around.journal.write(self.record_name, self.record)
 
     def _set_state(self, state: str) -> None:
@@ -736,7 +517,7 @@ class NodeStep(Step):
         image = errors.printable(self.request.image)
         image += f"@{self.record['digest']}" if self.record["digest"] else ""
         log.info("step=%s uid=%d image=%s network=%s tasks=%d attempt=%d %s: %s", self.name, self.request.uid, image,
-                 self.network, self.request.tasks, attempt, marks, operations)  # fmt: skip
+                 self._network.kind, self.request.tasks, attempt, marks, operations)  # fmt: skip
 
 
 async def _slurm_client() -> SlurmClient:
@@ -790,12 +571,6 @@ def _differs(wanted: StepRequest, begun: StepRequest) -> bool:
     """What only a task knows for sure."""
     known = [(asked.image and asked.image_path(), asked.mounts, asked.gpus) for asked in (wanted, begun)]
     return known[0] != known[1]
-
-
-def _retrieve(task: asyncio.Task[Any]) -> None:
-    """Without a reader the event loop would report the exception as lost; the joins are told."""
-    if not task.cancelled():
-        task.exception()
 
 
 def _summed(timings: list[tuple[str, float]]) -> list[tuple[str, float]]:

@@ -20,7 +20,7 @@ from pathlib import Path
 import pytest
 from boxes import BOX, BOX_DIRECTORY, COMMON, PROJECTA, USERA, bare, make_box, shell, srun
 from conftest import said
-from enclos.runtime import building
+from enclos.runtime import answer
 from enclos.runtime.cluster.cluster import Cluster, Running
 
 CONFIG = """\
@@ -115,7 +115,7 @@ def test_remapped_root(idle: Cluster, form: str, shared: Path) -> None:
 
 
 def test_remapped_root_keeps_the_documented_capabilities(idle: Cluster) -> None:
-    mask = f"{building.ROOT_CAPABILITIES:016x}"
+    mask = f"{answer.ROOT_CAPABILITIES:016x}"
     rows = shell(idle, "grep -E 'Cap|NoNew|Seccomp:' /proc/self/status", "--container-remap-root").splitlines()
     none = "0" * 16
     assert dict(row.split(":\t") for row in rows) == {
