@@ -152,5 +152,5 @@ def test_mpi_over_soft_roce(cluster: Cluster) -> None:
 @pytest.mark.vm_new
 def test_check_says_what_soft_needs(cluster: Cluster) -> None:
     shown = cluster.run(["enclos", "check", "--json"], node="n1", timeout=120).stdout
-    rows = [row for row in json.loads(shown) if row["subject"] == "RDMA"]
-    assert [row["state"] for row in rows] == ["ok"], rows
+    rows = [row for row in json.loads(shown)["findings"] if row["subject"] == "RDMA"]
+    assert [row["status"] for row in rows] == ["ok"], rows

@@ -26,6 +26,8 @@ export PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin HOME=/r
 . /vm/variables
 # Only possible while there is no other network namespace.
 if [ "${ENCLOS_RDMA:-}" = exclusive ]; then modprobe ib_core netns_mode=0; fi
+# Programs lock the memory that they send from; sites with RDMA let them.
+ulimit -l unlimited
 sh /vm/command < /dev/console > /dev/console 2>&1
 echo $? > /vm/status
 dmesg > /vm/dmesg
