@@ -21,15 +21,6 @@ LOADED = ("libibverbs/librxe-rdmav34.so", "libgcc_s.so.1")
 LIBRARIES = Path("/usr/lib/x86_64-linux-gnu")
 IMAGE = "/images/verbs.sqsh"
 
-# OpenMPI 4.1 over verbs: connections by rdma_cm, and nothing over TCP.
-OPENIB = (
-    "OMPI_MCA_btl=self,openib",
-    "OMPI_MCA_btl_openib_allow_ib=1",
-    "OMPI_MCA_btl_openib_cpc_include=rdmacm",
-    "OMPI_MCA_btl_openib_warn_no_device_params_found=0",
-    "OMPI_MCA_btl_openib_receive_queues=P,4096,8,6,4",
-)
-
 HOOK = """\
 #!/bin/sh
 # A VLAN for each job: what the physical function of an SR-IOV card does with `ip link set PF vf N vlan V`.
@@ -84,15 +75,13 @@ def on(cluster: Cluster, node: str, script: str) -> str:
 
 
 def make_image(images: Path) -> None:
-    """The MPI image with verbs: programs, the driver's user part, and OpenMPI's openib."""
+    """The trial image with verbs: programs, and the driver's user part."""
     made = image.make("openmpi")
     root = images / "verbs"
     subprocess.run(["cp", "-a", str(made.directory), str(root)], check=True)
-    openmpi = LIBRARIES / "openmpi/lib/openmpi3"
-    components = [openmpi / f"mca_{name}.so" for name in ("btl_openib", "mpool_hugepage", "rcache_grdma")]
     programs = [Path(found) for name in PROGRAMS if (found := shutil.which(name))]
     assert len(programs) == len(PROGRAMS), "`make deps` installs what is missing"
-    wanted = [*programs, *(LIBRARIES / name for name in LOADED), *(path for path in components if path.exists())]
+    wanted = [*programs, *(LIBRARIES / name for name in LOADED)]
     libraries = [library for path in wanted for library in image.libraries(path)]
     for path in [*wanted, *libraries]:
         target = root / path.parent.resolve().relative_to("/") / path.name
@@ -101,9 +90,6 @@ def make_image(images: Path) -> None:
         shutil.copy(path, target)
     (root / "etc/libibverbs.d").mkdir()
     (root / "etc/libibverbs.d/rxe.driver").write_text("driver rxe\n")
-    data = Path("/usr/share/openmpi")
-    for file in data.glob("*openib*"):
-        shutil.copy(file, root / "usr/share/openmpi")
     squashed = str(images / "verbs.sqsh")
     options = ["-all-root", "-noappend", "-quiet", "-no-progress"]
     subprocess.run(["mksquashfs", str(root), squashed, *options], check=True, stdout=subprocess.DEVNULL)

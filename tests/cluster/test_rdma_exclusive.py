@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 
 import fabric
 import pytest
-from conftest import Result, plain, require_pmix, said
+from conftest import Result, plain, said
 from enclos.runtime.cluster.cluster import Cluster, Running
 from fabric import IMAGE, on
 from vm import cards
@@ -359,17 +359,6 @@ def test_rdma_limits_hold_in_a_job_network(cluster: Cluster) -> None:
     ran = srun(cluster, "--container-rdma=rx0", enough, "sh", "-c", "timeout 5 ibv_rc_pingpong -g 1; echo $?")
     # It waits for its peer until it is ended; busybox says so in its own way.
     assert ran.stdout.split()[-1] in ("124", "143"), (ran.stdout, ran.stderr)
-
-
-def test_mpi_over_rdma_on_two_nodes(cluster: Cluster) -> None:
-    """OpenMPI 4.1's openib: connections by rdma_cm, data by verbs; nothing of it over TCP."""
-    require_pmix(cluster)
-    words = ["srun", "--mpi=pmix", "-N2", "-n2", "-c1", *OPTIONS, "--container-rdma=1", "env", *fabric.OPENIB]
-    count = "cat /sys/class/infiniband/*/ports/1/hw_counters/sent_pkts"
-    done = cluster.run([*words, "sh", "-c", f"ring && {count}"], "usera", timeout=240)
-    assert done.returncode == 0, done.stderr
-    sent = [int(line) for line in done.stdout.split() if line.isdigit()]
-    assert len(sent) == 2 and min(sent) > 2
 
 
 def test_check_says_the_mode_and_the_devices(cluster: Cluster) -> None:

@@ -11,7 +11,7 @@ from collections.abc import Callable
 
 import fabric
 import pytest
-from conftest import Result, plain, require_pmix
+from conftest import Result, plain
 from enclos.netns import rdma
 from enclos.runtime.cluster.cluster import Cluster
 from fabric import IMAGE
@@ -135,18 +135,6 @@ def test_what_another_tenant_sees_in_shared_mode(cluster: Cluster) -> None:
     tried = cluster.run(["sh", "-c", f"{ping} & sleep 1; {ping} 127.0.0.1"], "usera", node="n1", timeout=60)
     assert tried.returncode != 0 and "iters" not in tried.stdout
     holder.terminate()
-
-
-@pytest.mark.vm_new
-def test_mpi_over_soft_roce(cluster: Cluster) -> None:
-    """OpenMPI 4.1's openib between two nodes."""
-    require_pmix(cluster)
-    words = ["srun", "--mpi=pmix", "-N2", "-n2", "-c1", *OPTIONS, "env", *fabric.OPENIB, "sh", "-c"]
-    count = "cat /sys/class/infiniband/enclos${SLURM_JOB_ID}n*/ports/1/hw_counters/sent_pkts"
-    done = cluster.run([*words, f"ring && {count}"], "usera", timeout=240)
-    assert done.returncode == 0, done.stderr
-    sent = [int(line) for line in done.stdout.split() if line.isdigit()]
-    assert len(sent) == 4 and min(sent) > 2
 
 
 @pytest.mark.vm_new
