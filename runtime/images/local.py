@@ -21,6 +21,7 @@ from typing import Any
 
 from enclos.runtime import errors, protocol
 from enclos.runtime.images import manifest, tar
+from enclos.runtime.images.blob import GZIP, ZSTD
 from enclos.runtime.images.manifest import BadManifest, LayerInfo, Manifest, NoSuchPlatform
 from enclos.runtime.images.reference import Reference
 
@@ -89,6 +90,8 @@ class Archive(Files):
         self._fd = fd
         self._members: dict[str, Source] = {}
         self._links: dict[str, str] = {}
+        if os.pread(fd, 4, 0).startswith((GZIP, ZSTD)):
+            raise BadManifest("the archive is compressed as a whole; decompress it")
         reader = tar.Reader(lambda count: os.read(fd, count))
         for number, member in enumerate(reader):
             name = os.path.normpath(member.name.decode("utf-8", "surrogateescape"))

@@ -122,7 +122,10 @@ class Puller:
         code = f"import sys; sys.path[:] = {sys.path!r}; from enclos.runtime.images.{module} import main; main()"
         command = [sys.executable, "-I", "-c", code, str(theirs.fileno()), str(order_fd)]
         with mine, theirs, open(order_fd, "rb"):
-            process = subprocess.Popen(command, stdin=subprocess.DEVNULL, pass_fds=[theirs.fileno(), order_fd])
+            # In a group of its own: Ctrl-C is for the command, whose end the importer sees by its channel.
+            process = subprocess.Popen(
+                command, stdin=subprocess.DEVNULL, pass_fds=[theirs.fileno(), order_fd], process_group=0
+            )
             theirs.close()
             try:
                 yield mine

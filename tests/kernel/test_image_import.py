@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
+import gzip
 import hashlib
 import http.server
 import json
@@ -331,6 +332,7 @@ def test_what_is_no_image_on_disk(store: Store, tmp_path: Path, home: Path) -> N
     (home / "escape").mkdir()
     (home / "escape/index.json").symlink_to("/etc/passwd")
     (home / "out.tar").write_bytes(layer([Entry("manifest.json", "symlink", target="/etc/passwd")]))
+    (home / "saved.tar.gz").write_bytes(gzip.compress((home / "out.tar").read_bytes()))
     assert {image: Import(image.format(home), store).error() for image in NO_IMAGES} == NO_IMAGES
     assert left(store) == {"images": [], "parts": [], "work": []}
 
@@ -345,6 +347,7 @@ NO_IMAGES = {
     "oci:{}/escape": "image cannot be used (it has no file index.json)",
     "oci-archive:{}/empty": "image cannot be used (it is no regular file)",
     "oci-archive:{}/text": "image cannot be used (no tar archive: no header of a member at byte 0)",
+    "docker-archive:{}/saved.tar.gz": "image cannot be used (the archive is compressed as a whole; decompress it)",
     "docker-archive:{}/out.tar": "image cannot be used (the archive has no file manifest.json)",
 }
 

@@ -87,7 +87,10 @@ class Caller:
 
     def start(self, *words: str) -> subprocess.Popen[str]:
         pipe = subprocess.PIPE
-        return subprocess.Popen([*self.command, *words], env=self.env, text=True, stdout=pipe, stderr=pipe, cwd="/")
+        command = [*self.command, *words]
+        return subprocess.Popen(
+            command, env=self.env, text=True, stdout=pipe, stderr=pipe, cwd="/", start_new_session=True
+        )
 
 
 @pytest.fixture(params=[DAEMON, 0], ids=["user", "root"])
@@ -293,6 +296,19 @@ def test_an_interrupted_pull_leaves_no_image_and_is_made_up_for(caller: Caller) 
     done = caller.run("pull", "big:t")
     assert done.returncode == 0 and "pulled in" in done.stderr
     assert [name for name in files(caller.store) if name.startswith("work/")] == []
+
+
+def test_one_that_is_interrupted_at_the_keyboard_ends_in_silence(caller: Caller) -> None:
+    """Ctrl-C reaches all processes of the terminal's group. It is no bug of ours, and shows no traceback."""
+    running = caller.start("pull", "big:t")
+    work = Path(caller.store.directory, "work")
+    deadline = time.monotonic() + 20
+    while not list(work.glob("work/*")) and running.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.001)
+    os.killpg(running.pid, signal.SIGINT)
+    _, text = running.communicate(timeout=20)
+    assert running.returncode != 0 and "Interrupt" not in text and "Traceback" not in text
+    assert [name for name in files(caller.store) if name.startswith(("images/", "names/"))] == []
 
 
 def test_gc_takes_what_has_no_name(caller: Caller) -> None:
