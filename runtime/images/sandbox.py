@@ -26,6 +26,8 @@ from enclos.runtime.images.manifest import LAYER_LIMIT
 Job = Callable[[socket.socket], None]
 
 PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
+# The way out, where a site has one: of the agent's environment, or of the shell in which a user pulls.
+PROXIES = ("HTTP_PROXY", "HTTPS_PROXY", "NO_PROXY")
 SCRATCH = (("mode", "1777"), ("size", "64m"), ("nr_inodes", "4k"))
 SAFE = linux.MOUNT_ATTR_NOSUID | linux.MOUNT_ATTR_NODEV
 # A converter has a descriptor of each layer that it merges, of all where an image becomes one file.
@@ -183,7 +185,9 @@ def _confine(name: str, rights: Rights, work: str) -> None:
     linux.set_dumpable(False)
     linux.set_parent_death_signal(signal.SIGKILL)
     linux.set_name(f"enclos-{name}")
+    proxies = {name: value for name, value in os.environ.items() if rights.network and name.upper() in PROXIES}
     os.environ.clear()
+    os.environ.update(proxies)
     os.environ.update({"PATH": PATH, "HOME": "/tmp", "TMPDIR": "/tmp", "LC_ALL": "C", "XDG_RUNTIME_DIR": "/tmp"})
     os.chdir("/tmp")
 

@@ -98,8 +98,8 @@ def test_names_in_any_language_and_as_long_as_can_be(store: Store, home: Path, t
 
 
 @contextlib.contextmanager
-def scripted(layout: Path, answer: Callable[[Handler, str], bool]) -> Iterator[str]:
-    """A registry with the image of a layout; its address.
+def scripted(layout: Path, answer: Callable[[Handler, str], bool], name: str = "") -> Iterator[str]:
+    """A registry with the image of a layout, also as a proxy to one of that name; its address.
 
     Args:
         answer: asked first, with the digits or the tag that are wanted; whether it answered.
@@ -121,7 +121,7 @@ def scripted(layout: Path, answer: Callable[[Handler, str], bool]) -> Iterator[s
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Scripted)
     address = f"127.0.0.1:{server.server_port}"
     conf = Path(f"/etc/containers/registries.conf.d/enclos-test-scripted-{os.getpid()}.conf")
-    conf.write_text(f'[[registry]]\nlocation = "{address}"\ninsecure = true\n')
+    conf.write_text(f'[[registry]]\nlocation = "{name or address}"\ninsecure = true\n')
     thread = threading.Thread(target=server.serve_forever)
     thread.start()
     try:
@@ -236,3 +236,18 @@ def test_a_manifest_whose_sizes_are_wrong(store: Store, tmp_path: Path, more: in
         said = Import(f"docker://{address}/sizes:t", store).error()
     assert said.endswith("(a layer has another size than its manifest says)")
     assert left(store) == {"images": [], "parts": [], "work": []}
+
+
+def test_a_proxy_of_the_site(store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A node whose only way out is one, named in the agent's environment."""
+    write_layout(tmp_path / "layout", [layer([Entry("x")])])
+    asked = []
+
+    def answer(handler: Handler, name: str) -> bool:
+        asked.append(handler.path)
+        return False
+
+    with scripted(tmp_path / "layout", answer, "upstream.invalid") as address:
+        monkeypatch.setenv("http_proxy", f"http://{address}")
+        imported("docker://upstream.invalid/proxied:t", store)
+    assert {path.partition("/v2/")[0] for path in asked} == {"http://upstream.invalid"}
