@@ -72,9 +72,10 @@ def delegate(step_directory: str, pid: int, uid: int, gid: int) -> str:
 
 def revoke(task_directory: str) -> bool:
     """End what is below a task's cgroup and remove it; nothing there is fine. False if something does not end."""
-    # From now on nobody makes another: neither what is in there, nor its user from outside.
+    # From now on nobody makes another: neither what is in there, nor its user from outside. (Of the task's own
+    # directory, too: Slurm 22.05 gives that to the user.)
     with suppress(OSError):
-        cgroup.write(f"{task_directory}/{PLACE}/cgroup.max.descendants", "0")
+        cgroup.write(f"{task_directory}/cgroup.max.descendants", "0")
     deadline = time.monotonic() + REMOVE_SECONDS
     while os.path.isdir(task_directory):
         cgroup.kill(task_directory)

@@ -32,6 +32,7 @@ def shown(text: str) -> list[str]:
 
 
 @pytest.mark.vm
+@pytest.mark.vm_slurm
 def test_limits_are_seen_inside_and_only_inside(limited: Cluster) -> None:
     files = "memory.max memory.swap.max cpu.max cpuset.cpus pids.max"
     limit = "memory=64M,swap=0,cpu=0.5,cpuset=1,pids=50"
@@ -72,14 +73,22 @@ def test_who_is_killed_is_told_why(limited: Cluster, limited_leftovers: Leftover
     assert limited_leftovers.rows(60) == []
 
 
-@pytest.mark.vm
-def test_a_user_may_keep_the_other_tasks_alive(limited: Cluster) -> None:
-    """SLURM_OOM_KILL_STEP=0 is what --oom-kill-step=0 of Slurm 24.11 leaves in a step; this release has no option."""
-    script = f'export SLURM_OOM_KILL_STEP=0; exec srun -N1 -n2 --mem=100 -K0 {IMAGE} "$@"'
-    task = f"[ $SLURM_LOCALID = 0 ] && {EAT.format(bytes=80 << 20)}; cat {CGROUP}/memory.oom.group; sleep 2; echo alive"
-    words = ["bash", "-c", script, "srun", "--container-limit=memory=40M,swap=0", "bash", "-c", task]
-    done = limited.run(words, user="usera", timeout=200)
-    assert "alive" in done.stdout and set(done.stdout.split()) == {"0", "alive"}, done.stderr
+@pytest.mark.vm_new
+@pytest.mark.parametrize(("said", "whole"), [("0", "0"), ("1", "1"), ("", "1")])
+def test_a_user_may_keep_the_other_tasks_alive(limited: Cluster, said: str, whole: str) -> None:
+    """What --oom-kill-step of Slurm 24.11 leaves in a step's environment counts on releases without it as well."""
+    command = ["srun", IMAGE, "--container-limit=memory=40M", "cat", f"{CGROUP}/memory.oom.group"]
+    done = limited.run(command, user="usera", timeout=200, env={"SLURM_OOM_KILL_STEP": said} if said else {})
+    assert done.stdout == f"{whole}\n", done.stderr
+
+
+@pytest.mark.vm_slurm
+@pytest.mark.parametrize(("words", "whole"), [(["--oom-kill-step=0"], "0"), (["--oom-kill-step=1"], "1"), ([], "1")])
+def test_oom_kill_step_of_srun(limited: Cluster, release: str, words: list[str], whole: str) -> None:
+    if release == "22.05":
+        pytest.skip("Slurm has it from 24.11 on")
+    done = step(limited, "memory=40M", f"cat {CGROUP}/memory.oom.group", *words)
+    assert done.stdout == f"{whole}\n", done.stderr
 
 
 @pytest.mark.vm
@@ -108,6 +117,7 @@ def test_what_cannot_be_given_is_refused_before_the_program_starts(limited: Clus
 
 
 @pytest.mark.vm
+@pytest.mark.vm_slurm
 def test_slurms_own_limits_and_orders_work_as_ever(limited: Cluster, limited_leftovers: Leftovers) -> None:
     """Slurm's memory limit kills below ours, sstat counts, scancel ends, and no cgroup stays."""
     killed = step(limited, "memory=100M", EAT.format(bytes=60 << 20), "--mem=40")

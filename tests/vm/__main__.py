@@ -11,7 +11,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from enclos.runtime.cluster import image
+from enclos.runtime.cluster import image, releases
+from enclos.runtime.cluster.cluster import Cluster
 
 from vm import guest, kernels, rxe
 
@@ -29,6 +30,7 @@ def main() -> int:
     """Parse the command line and run it."""
     parser = argparse.ArgumentParser(prog="tests/vm/vm", description=__doc__)
     parser.add_argument("--kernel", default="new", choices=(*kernels.SUITES, EXCLUSIVE), help=KERNEL_HELP)
+    parser.add_argument("--slurm", default="", metavar="RELEASE", help="Slurm of the tests' clusters (default: own)")
     parser.add_argument("--timeout", type=float, default=1200, help="seconds after which a guest is ended")
     verbs = parser.add_subparsers(dest="verb", required=True)
     verbs.add_parser("shell", help="a shell in a guest; exit ends it, ctrl-A x at once")
@@ -43,7 +45,8 @@ def main() -> int:
         return 1
     try:
         kernel = kernels.fetch("new" if arguments.kernel == EXCLUSIVE else arguments.kernel)
-        folder = guest.scratch(f"{arguments.verb}-{arguments.kernel}")
+        what = [arguments.verb, arguments.kernel, *([arguments.slurm] if arguments.slurm else [])]
+        folder = guest.scratch("-".join(what))
         machine = guest.Guest(kernel, folder, variables=VARIABLES)
         missing = _add_cards(machine) if arguments.kernel == EXCLUSIVE else ""
         status = _serve(machine, arguments, rest)
@@ -72,10 +75,12 @@ def _serve(machine: guest.Guest, arguments: argparse.Namespace, rest: Sequence[s
         return machine.shell(ROOT)
     if arguments.verb == "run":
         return machine.run(here + shlex.join(arguments.words), arguments.timeout)
-    _warm_up()
+    _warm_up(arguments.slurm)
     words = list(rest)
     if not any(word.startswith("tests/") for word in words):
-        words += ["-m", MARKS.get(arguments.kernel, "vm"), *TESTS]
+        words += ["-m", "vm_slurm" if arguments.slurm else MARKS.get(arguments.kernel, "vm"), *TESTS]
+    if arguments.slurm:
+        words += ["--slurm", arguments.slurm]
     # Nobody watches a test run; without colours and a line that is written anew, its log can be read.
     command = [".venv/bin/pytest", "--color=no", "-o", "cache_dir=/vm/cache", "--junitxml=/vm/junit.xml", *words]
     status = machine.run(f"{here}export ENCLOS_TEST_LOGS=/vm/logs; {shlex.join(command)}", arguments.timeout)
@@ -83,8 +88,11 @@ def _serve(machine: guest.Guest, arguments: argparse.Namespace, rest: Sequence[s
     return status
 
 
-def _warm_up() -> None:
+def _warm_up(release: str) -> None:
     """Make here what is slow to make in a guest, and would be lost with it."""
+    if release not in ("", releases.own_slurm()):
+        # The root of that release, and in build/releases our programs for it.
+        Cluster.up("vm-warm-up", 1, release=release).down()
     for folder in ("runtime", "netns"):
         compileall.compile_dir(ROOT / folder, quiet=1)
     # Collecting compiles the tests, with pytest's changes to their assertions.

@@ -33,10 +33,10 @@ def test_what_a_guest_writes_stays_in_it(tmp_path: Path) -> None:
 def test_a_guest_that_hangs_is_ended_and_shown(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     machine = guest.Guest(kernels.fetch("new"), tmp_path, memory_mb=1024)
     script = "echo stuck here; echo up > /vm/up; trap '' TERM INT; while :; do sleep 1000; done"
-    assert machine.run(script, 60, show=False) == guest.HUNG
+    assert machine.run(script, 40, show=False) == guest.HUNG
     assert (tmp_path / "up").exists()
     said = capsys.readouterr().out
-    assert "was ended after 60 s; the end of its console:" in said and "stuck here" in said
+    assert "was ended after 40 s; the end of its console:" in said and "stuck here" in said
 
 
 def test_a_guest_that_crashes_is_shown(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
