@@ -152,7 +152,7 @@ _PATH = r"(\.?\.?/.*|\.\.?)"
 IMAGE = (
     GIVEN,
     SHORT,
-    Check(f"{_PATH}|docker://.*|[^:]*|[^:]*:([^/].*|/[^/].*|/)?", "unknown kind of image"),
+    Check(f"{_PATH}|docker://.*|{_LOCAL}:.*|[^:]*|[^:]*:([^/].*|/[^/].*|/)?", "unknown kind of image"),
     Check(f"{_LOCAL}:", "a path has to follow", rule=Rule.AVOID),
     Check(
         f"{_PATH}|{_LOCAL}:.*|(docker://)?{_IN_REGISTRY}",

@@ -860,7 +860,7 @@ def named_missing(name: str) -> EnclosError:
     return UserError(
         _named(name),
         f'a container with name "{name}" does not exist, and --container-image is not set',
-        hint="it has to have been created on this node, by the same job if there is one; or give --container-image as well",
+        hint="it has to have been created on this node, in a job by the same one; or give --container-image as well",
     )
 
 

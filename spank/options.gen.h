@@ -7,7 +7,7 @@
 static const struct enclos_check enclos_checks_image[] = {
 	{ "^(.+)$", "argument required", "", ENCLOS_MATCH, 0, 0 },
 	{ "^()$", "longer than 4095 bytes", "", ENCLOS_MATCH, 0, 4095 },
-	{ "^((\\.?\\.?/.*|\\.\\.?)|docker://.*|[^:]*|[^:]*:([^/].*|/[^/].*|/)?)$", "unknown kind of image", "", ENCLOS_MATCH, 0, 0 },
+	{ "^((\\.?\\.?/.*|\\.\\.?)|docker://.*|(oci|oci-archive|docker-archive|dir):.*|[^:]*|[^:]*:([^/].*|/[^/].*|/)?)$", "unknown kind of image", "", ENCLOS_MATCH, 0, 0 },
 	{ "^((oci|oci-archive|docker-archive|dir):)$", "a path has to follow", "", ENCLOS_AVOID, 0, 0 },
 	{ "^((\\.?\\.?/.*|\\.\\.?)|(oci|oci-archive|docker-archive|dir):.*|(docker://)?([^/@#: ]+@)?(([A-Za-z0-9][A-Za-z0-9.-]*|\\[[0-9A-Fa-f:.]+\\])(:[0-9]{1,5})?[/#])?[a-z0-9][a-z0-9._-]*(/[a-z0-9][a-z0-9._-]*)*(:[A-Za-z0-9_][A-Za-z0-9_.-]*)?(@sha256:[0-9a-f]{64})?)$", "neither a path (/…, ./…) nor a name in a registry (docker://REGISTRY/NAME:TAG)", "", ENCLOS_MATCH, 0, 0 },
 	{ NULL, NULL, NULL, ENCLOS_MATCH, 0, 0 },

@@ -168,6 +168,7 @@ GOOD = [
     ("image", "docker://[::1]:5000/a"),
     ("image", "debian"),
     ("image", "oci-archive:a b.tar:Tag"),
+    ("image", "oci://shared/layout:v1"),
     ("device", "acme.com/fpga=0,acme.com/fpga=all"),
     ("rdma", "auto"),
     ("rdma", "mlx5_0,mlx5_1"),
