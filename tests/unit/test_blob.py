@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 from enclos.runtime.images import blob
 from enclos.runtime.images.blob import BadBlob, Blob
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 TEXT = b"".join(b"line %d of the layer\n" % number for number in range(100_000))
@@ -96,6 +96,7 @@ def test_a_bomb_comes_in_small_pieces() -> None:
     assert sum(pieces) == 64 << 20 and max(pieces) <= blob.CHUNK
 
 
+@settings(deadline=None)  # The first example loads the library, on a busy machine slowly.
 @given(st.binary(max_size=300))
 def test_no_bytes_do_more_than_fail(data: bytes) -> None:
     with contextlib.suppress(BadBlob):
