@@ -163,7 +163,6 @@ def _auth_file(work: Work) -> str:
 def _pull(work: Work) -> int:
     from enclos.runtime.images.pulling import Puller
 
-    _check_authfile(work, "pull")
     wanted = [work.reference(text) for text in work.given.image]
     for one in wanted:
         if not one.is_registry:
@@ -186,15 +185,6 @@ def _pull(work: Work) -> int:
     if work.given.json:
         common.print_json(done)
     return 0
-
-
-def _check_authfile(work: Work, verb: str) -> None:
-    """One that was named has to be there; of those that may be there, none need be."""
-    if path := work.given.authfile:
-        try:
-            os.close(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC))
-        except OSError as error:
-            raise errors.usage(f"image {verb}", f"--authfile={path}: {errors.reason(error.errno or 0)}") from error
 
 
 def _of_job(work: Work) -> list[Reference]:
@@ -309,7 +299,6 @@ def _inspect(work: Work) -> int:
 def _resolve(work: Work) -> int:
     from enclos.runtime.images.pulling import Puller
 
-    _check_authfile(work, "resolve")
     wanted = work.reference(work.given.image)
     if not wanted.is_registry:
         raise errors.bad_image_reference(wanted.text, "only images of registries have a digest there")

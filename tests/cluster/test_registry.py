@@ -197,10 +197,11 @@ def test_a_registry_that_says_nothing(site: Cluster) -> None:
     listen = f"import socket, time; s = socket.create_server(('', {SILENT_PORT})); time.sleep(600)"
     silent = site.popen([sys.executable, "-c", listen])
     image = f"--container-image=docker://submit:{SILENT_PORT}/x@{'sha256:' + '0' * 64}"
-    running = site.popen(["srun", "-w", "n1", image, "true"], user="usera")
+    running = site.popen(["srun", "-w", "n1", "--overlap", image, "true"], user="usera")
     assert running.stderr is not None
-    line = running.stderr.readline()
-    assert f"waiting for what the registry says of docker://submit:{SILENT_PORT}/x@sha256:000" in line
+    while "waiting for what the registry says of" not in (line := running.stderr.readline()):
+        assert line, "nothing was said"
+    assert f"docker://submit:{SILENT_PORT}/x@sha256:000" in line
     site.run("scancel --user=usera")
     running.communicate(timeout=60)
     deadline = time.monotonic() + 20

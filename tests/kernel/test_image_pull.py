@@ -175,13 +175,6 @@ def test_a_name_that_is_too_long_for_a_file(caller: Caller, registry: Registry) 
     assert files(caller.store) == []
 
 
-def test_credentials_that_were_named_have_to_be_there(caller: Caller) -> None:
-    done = caller.run("pull", "small:t", "--authfile", "/nowhere/auth.json")
-    assert (done.returncode, done.stderr.splitlines()[0]) == (
-        2, "enclos: image pull: --authfile=/nowhere/auth.json: no such file or directory")  # fmt: skip
-    assert files(caller.store) == []
-
-
 def test_resolve(caller: Caller, registry: Registry) -> None:
     shown = caller.json("resolve", "small:t")
     assert shown["digest"].startswith("sha256:")
