@@ -429,7 +429,9 @@ class NodeStep(Step):
         self.record["limits"] = self._limits.apply(self.record["cgroup"], within)
         request = self.request
         directories = plan.slurm_directories(request, self._het_leader())
-        starting = self._network.start_relay(request, self.stepd_pidfd, directories[0])
+        # A run has none.
+        server_directory = directories[0] if directories else ""
+        starting = self._network.start_relay(request, self.stepd_pidfd, server_directory)
         try:
             clones = clone_directories(directories)
             try:
