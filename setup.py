@@ -12,6 +12,7 @@ PACKAGES = {
     "enclos.runtime.cli": "runtime/cli",
     "enclos.runtime.cluster": "runtime/cluster",
     "enclos.runtime.devices": "runtime/devices",
+    "enclos.runtime.errors": "runtime/errors",
     "enclos.runtime.images": "runtime/images",
     "enclos.runtime.linux": "runtime/linux",
     "enclos.runtime.operations": "runtime/operations",

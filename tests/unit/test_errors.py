@@ -192,7 +192,7 @@ def functions() -> list[str]:
     return [
         name
         for name, function in inspect.getmembers(errors, inspect.isfunction)
-        if function.__module__ == errors.__name__ and function.__annotations__.get("return") == "EnclosError"
+        if function.__module__.startswith(errors.__name__) and function.__annotations__.get("return") == "EnclosError"
     ]
 
 
