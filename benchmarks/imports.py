@@ -7,7 +7,7 @@ what the machine does besides weighs on all of them. Ways:
 
     cold       our importer, nothing cached
     tools      `skopeo copy` to a directory, then `tar2sqfs` of the finished tar, with the same compression
-    umoci      `skopeo copy` to a layout, `umoci unpack`, `mksquashfs`, with the same compression (once)
+    umoci      `skopeo copy` to a layout, `umoci unpack`, `mksquashfs`, with the same compression
     cached     our importer, all layers there, none converted
     merge      our importer on the OCI layout itself: the merge alone, no transport
     top        our importer, one changed top layer, the parts below it cached
@@ -67,9 +67,9 @@ def run(*, quick: bool) -> Result:
     with tempfile.TemporaryDirectory(prefix="enclos-bench-", dir="/var/tmp") as name, _registry(Path(name)) as address:
         images = [_make(Path(name), address, ONE, 1, 200), _make(Path(name), address, TEN, 10, 1000)]
         os.sync()  # What making them has left to write would weigh on the first round.
-        for number in range(rounds):
+        for _ in range(rounds):
             for image in images:
-                _round(image, address, with_umoci=number == 0)
+                _round(image, address)
         return _result(images, _metadata(images[1]))
 
 
@@ -171,7 +171,7 @@ def _registry(folder: Path) -> Iterator[str]:
 # --- the ways --------------------------------------------------------------------------------------------------------
 
 
-def _round(image: Image, address: str, with_umoci: bool) -> None:
+def _round(image: Image, address: str) -> None:
     def note(way: str, seconds: float) -> None:
         image.samples.setdefault(way, []).append(seconds)
 
@@ -187,8 +187,7 @@ def _round(image: Image, address: str, with_umoci: bool) -> None:
         note("cached", import_image(image, store, image.reference))
     with new_store(image) as store:
         note("merge", import_image(image, store, f"oci:{image.folder}/layout:t"))
-    if with_umoci:
-        note("umoci", _timed(lambda: _umoci(image)))
+    note("umoci", _timed(lambda: _umoci(image)))
 
 
 @contextlib.contextmanager
