@@ -66,5 +66,5 @@ def test_unshare_pid(idle: Cluster) -> None:
 def test_unshare_net_and_a_network(idle: Cluster) -> None:
     done = srun(idle, "--container-unshare=net", "--container-network=job", "true")
     assert done.returncode == 1
-    assert "--container-unshare=net: cannot be combined with --container-network=job on n1" in done.stderr
+    assert "--container-unshare=net: cannot be combined with --container-network=job\n" in done.stderr
     assert shell(idle, "ls /sys/class/net", "--container-unshare=net", "--container-network=none") == "lo\n"

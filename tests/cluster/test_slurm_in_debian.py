@@ -71,6 +71,7 @@ def debian(cluster: Cluster) -> Path:
     for name in ("dev", "proc"):
         shutil.rmtree(image / name)
         (image / name).mkdir()
+    (image / "root").chmod(0o755)  # A checkout below /root is brought to its own path, plugin and all.
     return image
 
 

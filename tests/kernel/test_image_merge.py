@@ -115,15 +115,20 @@ def declared(made: Sequence[Entry]) -> list[Entry]:
     return result
 
 
-def deletes_only_what_may_be_there(stack: Sequence[Sequence[Entry]]) -> bool:
-    """Whether each whiteout is in a directory that a layer below it has, as with every program that makes layers.
+def deletes_only_what_may_be_there(stack: Sequence[Sequence[Entry]], splits: Sequence[int]) -> bool:
+    """Whether each whiteout is in a directory that a part below its own has, or in the lowest part a layer below it.
 
     An overlay would list other whiteouts: of names that cannot be opened.
     """
     tree = Tree(lowest=True)
+    below: set[bytes] = set()
     for index, made in enumerate(stack):
-        whiteouts = [os.path.dirname(entry.name) for entry in made if "/.wh." in entry.name]
-        if not all(isinstance(tree.find(parent.encode()), Directory) for parent in whiteouts):
+        if index in splits:
+            below = {b"", *(path for path, found in tree.walk() if isinstance(found, Directory))}
+        whiteouts = [os.path.dirname(entry.name).encode() for entry in made if "/.wh." in entry.name]
+        if not all(isinstance(tree.find(parent), Directory) for parent in whiteouts):
+            return False
+        if splits and index >= splits[0] and not below.issuperset(whiteouts):
             return False
         tree.begin(index)
         for number, member in enumerate(Reader(io.BytesIO(layer(made)).read), index << LAYER_BITS):
@@ -159,9 +164,9 @@ def test_a_merged_image_has_umocis_tree(stack: list[list[Entry]], cut: bool) -> 
 @THOROUGH
 def test_parts_under_an_overlay_have_umocis_tree(stack: list[list[Entry]], data: st.DataObject) -> None:
     stack = [declared(made) for made in stack]
-    assume(deletes_only_what_may_be_there(stack))
+    splits = sorted(data.draw(st.sets(st.integers(1, len(stack) - 1)))) if len(stack) > 1 else []
+    assume(deletes_only_what_may_be_there(stack, splits))
     layers = [layer(made) for made in stack]
-    splits = sorted(data.draw(st.sets(st.integers(1, len(layers) - 1)))) if len(layers) > 1 else []
     try:
         found = ours(layers, splits)
         wanted = theirs(layers)
