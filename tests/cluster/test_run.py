@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 from boxes import BOX, fill_shared, make_box
-from conftest import Leftovers, Result
+from conftest import Leftovers, Result, require_cgroup2
 from enclos.runtime.cluster.cluster import Cluster, Running
 from faults import processes, zygote
 from test_exec import await_none, read_until
@@ -283,6 +283,25 @@ def test_it_is_in_the_cgroups_of_the_command(laptop: Cluster) -> None:
         for directory in made:
             until(lambda: not (directory / "cgroup.procs").read_text())  # noqa: B023
             directory.rmdir()
+
+
+@pytest.mark.vm_new
+def test_container_limits(laptop: Cluster) -> None:
+    """Without Slurm they are set on a cgroup of the run's own, which ends with it."""
+    require_cgroup2()
+    root = Path("/sys/fs/cgroup")
+    look = "cd /sys/fs/cgroup; cat memory.max memory.swap.max cpu.max pids.max"
+    limit = "--container-limit=memory=64M,swap=0,cpu=0.5,pids=50"
+    words = [*RUN, limit, BOX, "sh", "-c"]
+    seen = laptop.run([*words, look], "usera", "n1", timeout=200)
+    assert seen.stdout.split() == [str(64 << 20), "0", "50000", "100000", "50"], seen.stderr
+    own = re.compile(r"/enclos/[^/]+$")
+    killed = laptop.run([*words, "cat /dev/zero | tail"], "usera", "n1", timeout=200)
+    assert killed.returncode == 1 and "the program was ended" in killed.stderr
+    deadline = time.monotonic() + WAIT
+    while left := [path for path in root.rglob("*") if path.is_dir() and own.search(str(path))]:
+        assert time.monotonic() < deadline, left
+        time.sleep(0.1)
 
 
 def test_limits_that_leave_no_room_are_said(laptop: Cluster) -> None:

@@ -17,6 +17,9 @@ from vm.kernels import Kernel
 QEMU = "qemu-system-x86_64"
 START = Path(__file__).with_name("start.sh")
 HUNG = 124
+# Booted it is after 4 s, on a busy machine after 40. One of some hundred stopped before its kernel said anything.
+BOOT_SECONDS = 180.0
+SILENT = "did not boot"
 # The old kernel stands for those that lack something: there a controller, too.
 OPTIONS = {"6.1": ["cgroup_disable=hugetlb"]}
 CONSOLE_LINES = 60
@@ -43,16 +46,27 @@ class Guest:
             show: print the console as it comes; without it, its end only where the guest hung.
         """
         self._prepare(command)
+        if (what := self._boot(timeout, show)) == SILENT:
+            print(f"vm: the guest ({self.kernel.release}) {what}; starting it once more")
+            self._prepare(command)
+            what = self._boot(timeout, show)
+        return self._hung(what) if what else self._status()
+
+    def _boot(self, timeout: float, show: bool) -> str:
+        """Start it and copy its console until it ends; "", or why it was ended."""
         qemu = subprocess.Popen(self._qemu("stdio"), stdin=subprocess.DEVNULL, stdout=subprocess.PIPE)
-        late = threading.Event()
+        late: list[str] = []
 
-        def end() -> None:
-            late.set()
-            qemu.kill()
+        def end(what: str) -> None:
+            if what != SILENT or not (self.folder / "booted").exists():
+                late.append(what)
+                qemu.kill()
 
-        timer = threading.Timer(timeout, end)
-        timer.daemon = True
-        timer.start()
+        limits = ((timeout, f"was ended after {timeout:.0f} s"), (BOOT_SECONDS, SILENT))
+        timers = [threading.Timer(seconds, end, [what]) for seconds, what in limits]
+        for timer in timers:
+            timer.daemon = True
+            timer.start()
         assert qemu.stdout is not None
         with qemu, (self.folder / "console").open("wb") as console:
             while chunk := os.read(qemu.stdout.fileno(), 65536):
@@ -61,10 +75,9 @@ class Guest:
                 if show:
                     sys.stdout.buffer.write(chunk)
                     sys.stdout.flush()
-        timer.cancel()
-        if late.is_set():
-            return self._hung(f"was ended after {timeout:.0f} s")
-        return self._status()
+        for timer in timers:
+            timer.cancel()
+        return late[0] if late else ""
 
     def shell(self, directory: Path) -> int:
         """Give the terminal to a shell in the guest, in a directory, until that ends."""
@@ -83,7 +96,7 @@ class Guest:
 
     def _prepare(self, command: str) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
-        for name in ("status", "dmesg", "console"):
+        for name in ("status", "dmesg", "console", "booted"):
             (self.folder / name).unlink(missing_ok=True)
         shutil.copy(START, self.folder / "start")
         (self.folder / "start").chmod(0o755)

@@ -1,5 +1,6 @@
 #!/bin/sh
 # In the guest, after switch_root: what systemd would have made, then the command that the host left in /vm.
+: > /vm/booted
 mount -t proc -o nosuid,nodev,noexec proc /proc
 mount -t sysfs -o nosuid,nodev,noexec sysfs /sys
 mount -t devtmpfs -o mode=755,nosuid dev /dev

@@ -39,6 +39,16 @@ def test_a_guest_that_hangs_is_ended_and_shown(tmp_path: Path, capsys: pytest.Ca
     assert "was ended after 40 s; the end of its console:" in said and "stuck here" in said
 
 
+def test_a_guest_that_does_not_boot_is_started_once_more(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(guest, "BOOT_SECONDS", 0.2)
+    machine = guest.Guest(kernels.fetch("new"), tmp_path, memory_mb=1024)
+    assert machine.run("true", 120, show=False) == guest.HUNG
+    shown = capsys.readouterr().out
+    assert shown.count("did not boot; starting it once more") == 1 and shown.count("did not boot; the end of") == 1
+
+
 def test_a_guest_that_crashes_is_shown(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     machine = guest.Guest(kernels.fetch("new"), tmp_path, memory_mb=1024)
     assert machine.run("echo c > /proc/sysrq-trigger", 200, show=False) == guest.HUNG
