@@ -17,6 +17,8 @@ SPANK_SOURCES := $(wildcard spank/*.c spank/*.h spank/*.lds spank/Makefile)
 LINUX_SOURCES := $(wildcard runtime/linux/*.c runtime/linux/*.h) runtime/linux/build.py
 MYPY_ROOT := build/mypy
 RELEASES ?= 24.11 26.05
+# Also: exclusive, the newest with RDMA devices that move. Not yet part of every run: it has to be timed first.
+GUESTS ?= new 6.1
 
 .DELETE_ON_ERROR:
 .PHONY: all help deps demo test test-here test-unit test-kernel test-cluster test-releases test-vm test-vm-all lint bench install clean
@@ -74,7 +76,7 @@ test-releases: all ## what depends on Slurm's release, on the other two, as root
 # The first time, the kernels are downloaded, to /var/cache/enclos-vm: a minute.
 test-vm: all ## the tests marked vm on Linux 6.1 and the newest, in qemu, as root
 	@tests/part vm tests/vm
-	@status=0; for kernel in new 6.1 exclusive; do \
+	@status=0; for kernel in $(GUESTS); do \
 	    echo "== Linux $$kernel"; \
 	    tests/part --kernel "$$kernel" "vm-$$kernel" || status=1; \
 	done; exit $$status

@@ -31,7 +31,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="tests/vm/vm", description=__doc__)
     parser.add_argument("--kernel", default="new", choices=(*kernels.SUITES, EXCLUSIVE), help=KERNEL_HELP)
     parser.add_argument("--slurm", default="", metavar="RELEASE", help="Slurm of the tests' clusters (default: own)")
-    parser.add_argument("--timeout", type=float, default=1200, help="seconds after which a guest is ended")
+    parser.add_argument("--timeout", type=float, default=1800, help="seconds after which a guest is ended")
     verbs = parser.add_subparsers(dest="verb", required=True)
     verbs.add_parser("shell", help="a shell in a guest; exit ends it, ctrl-A x at once")
     run = verbs.add_parser("run", help="run a command in a guest")
