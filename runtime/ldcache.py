@@ -163,7 +163,7 @@ class _Strings:
 # ---------------------------------------------------------------- libraries
 
 
-def library(read: Callable[[int, int], bytes], path: bytes) -> Entry:
+def read_entry(read: Callable[[int, int], bytes], path: bytes) -> Entry:
     """The entry of a shared library.
 
     Args:

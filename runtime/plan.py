@@ -288,4 +288,4 @@ def _device_targets(devices: Selection) -> tuple[str, ...]:
     """Where devices may mount or link something."""
     edits = devices.edits()
     places = (*(mount.target for mount in edits.mounts), *(link.path for link in edits.links))
-    return (*places, *(f"{folder}/x" for folder in edits.library_folders))
+    return (*places, *(f"{folder}/x" for folder in edits.linker_folders))

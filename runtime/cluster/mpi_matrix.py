@@ -44,7 +44,7 @@ class Cell:
 
     slurm: str
     suite: str
-    library: str
+    mpi: str
     launcher: str
     result: str
 
@@ -145,7 +145,7 @@ def _versions(shown: str) -> dict[str, str]:
 def page(cells: list[Cell], hosts: dict[str, str], versions: dict[str, dict[str, str]]) -> str:
     """The page: a table per library, images down, releases and launchers across."""
     columns = [(slurm, launcher) for slurm in hosts for launcher in LAUNCHERS]
-    found = {(cell.slurm, cell.suite, cell.library, cell.launcher): cell.result for cell in cells}
+    found = {(cell.slurm, cell.suite, cell.mpi, cell.launcher): cell.result for cell in cells}
     parts = [HEAD]
     for library, title in (("openmpi", "OpenMPI"), ("mpich", "MPICH")):
         names = [f"{slurm} (PMIx {hosts[slurm] or 'none'}), {launcher}" for slurm, launcher in columns]

@@ -75,7 +75,7 @@ class Edits:
 
     Attributes:
         environment: NAME=VALUE.
-        library_folders: directories of the container that the dynamic linker has to find libraries in.
+        linker_folders: directories of the container that the dynamic linker has to find libraries in.
         left_out: what the file asks for besides, in words.
     """
 
@@ -83,7 +83,7 @@ class Edits:
     nodes: tuple[Node, ...] = ()
     mounts: tuple[Bind, ...] = ()
     links: tuple[Link, ...] = ()
-    library_folders: tuple[str, ...] = ()
+    linker_folders: tuple[str, ...] = ()
     left_out: tuple[str, ...] = ()
 
 
@@ -165,14 +165,14 @@ def merge(parts: Iterable[Edits]) -> Edits:
         nodes |= {node.path: node for node in edits.nodes if node.path not in nodes}
         mounts |= {mount.target: mount for mount in edits.mounts if mount.target not in mounts}
         links |= {link.path: link for link in edits.links if link.path not in links}
-        folders |= dict.fromkeys(edits.library_folders)
+        folders |= dict.fromkeys(edits.linker_folders)
         left_out |= dict.fromkeys(edits.left_out)
     return Edits(
         environment=tuple(variables.values()),
         nodes=tuple(nodes.values()),
         mounts=tuple(mounts.values()),
         links=tuple(links.values()),
-        library_folders=tuple(folders),
+        linker_folders=tuple(folders),
         left_out=tuple(left_out),
     )
 
@@ -204,7 +204,7 @@ def _edits(value: object, place: str, file: str) -> Edits:
         nodes=tuple(_nodes(fields.get("deviceNodes"), f"{place}.deviceNodes", file)),
         mounts=tuple(_mounts(fields.get("mounts"), f"{place}.mounts", file)),
         links=tuple(links),
-        library_folders=tuple(folders),
+        linker_folders=tuple(folders),
         left_out=tuple(left_out),
     )
 

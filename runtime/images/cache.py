@@ -26,7 +26,7 @@ from collections.abc import Iterable
 from dataclasses import replace
 
 from enclos.runtime.images import place
-from enclos.runtime.images.layout import UNFINISHED, ImageRecord, Part, Store
+from enclos.runtime.images.layout import UNFINISHED, WORK, ImageRecord, Part, Store
 
 log = logging.getLogger("enclosd")
 
@@ -186,8 +186,8 @@ class Cache:
         self._remove_work(set(working), time.time() - WORK_SECONDS)
 
     def _remove_work(self, working: set[str], before: float = math.inf) -> None:
-        for name in os.listdir(f"{self.store.directory}/work"):
-            path = f"{self.store.directory}/work/{name}"
+        for name in os.listdir(f"{self.store.directory}/{WORK}"):
+            path = f"{self.store.directory}/{WORK}/{name}"
             if f"sha256:{name.partition('.')[0]}" not in working and _last_change(path) < before:
                 shutil.rmtree(path, ignore_errors=True)
 

@@ -31,7 +31,7 @@ from urllib.parse import quote, unquote
 
 from enclos.runtime import errors
 from enclos.runtime.images import place
-from enclos.runtime.images.layout import UNFINISHED, Store, hex_of
+from enclos.runtime.images.layout import UNFINISHED, WORK, Store, hex_of
 
 FORMAT = 1
 TEXT_LIMIT_BYTES = 1 << 20
@@ -73,9 +73,9 @@ class FileStore:
 
     def make(self) -> None:
         """Make the directories that are missing. Raises EnclosError for a store that is somebody else's, too."""
-        for name in ("images", "names", "work"):
+        for name in ("images", "names", WORK):
             os.makedirs(f"{self.directory}/{name}", 0o755, exist_ok=True)
-        for name in ("", "/images", "/names", "/work"):
+        for name in ("", "/images", "/names", f"/{WORK}"):
             if words := place.stranger(f"{self.directory}{name}", os.geteuid()):
                 raise errors.store_unusable(self.directory, 0, words)
         self.work.make()
@@ -89,10 +89,10 @@ class FileStore:
     @property
     def work(self) -> Store:
         """Where the importer works."""
-        return Store(f"{self.directory}/work")
+        return Store(f"{self.directory}/{WORK}")
 
     def lock_path(self, digest: str) -> str:
-        return f"{self.directory}/work/{hex_of(digest)}.lock"
+        return f"{self.directory}/{WORK}/{hex_of(digest)}.lock"
 
     # --- reading ----------------------------------------------------------------------------------------------
 
@@ -221,7 +221,7 @@ class FileStore:
         for entry in _list(f"{self.directory}/images"):
             if self._discard_half(entry):
                 removed.append(f"images/{entry}")
-        for entry in _list(f"{self.directory}/work"):
+        for entry in _list(f"{self.directory}/{WORK}"):
             if entry.endswith(".lock") and self._discard_work(entry.removesuffix(".lock")):
                 removed.append(f"work/{entry.removesuffix('.lock')}")
         self._discard_unfinished(now)

@@ -28,6 +28,7 @@ from dataclasses import asdict, dataclass
 
 FORMAT = 1
 RECORD_LIMIT_BYTES = 1 << 20
+WORK = "work"  # The folder of a store in which imports keep their blobs.
 UNFINISHED = ".new"
 _HEX = re.compile(r"[0-9a-f]{64}")
 
@@ -101,16 +102,16 @@ class Store:
     def make(self, mode: int = 0o700) -> None:
         """Make the directories that are missing."""
         os.makedirs(self.directory, mode, exist_ok=True)
-        for name in ("images", "parts", "work"):
+        for name in ("images", "parts", WORK):
             with contextlib.suppress(FileExistsError):
-                os.mkdir(f"{self.directory}/{name}", 0o711 if name == "work" else 0o700)
+                os.mkdir(f"{self.directory}/{name}", 0o711 if name == WORK else 0o700)
 
     def part_path(self, key: str) -> str:
         return f"{self.directory}/parts/{key}.sqsh"
 
     def work_path(self, digest: str, uid: int = 0) -> str:
         """Each user's own: what one has fetched of a private image would be another's otherwise."""
-        return f"{self.directory}/work/{hex_of(digest)}" + (f".{uid}" if uid else "")
+        return f"{self.directory}/{WORK}/{hex_of(digest)}" + (f".{uid}" if uid else "")
 
     def record_path(self, digest: str) -> str:
         return f"{self.directory}/images/{hex_of(digest)}.json"

@@ -131,7 +131,7 @@ class JoinLibraries:
         return f"join the devices' libraries to {CACHE}"
 
     def execute(self, builder: Builder) -> None:
-        folders = builder.devices.library_folders
+        folders = builder.devices.linker_folders
         found = [entry for mount in builder.devices.mounts for entry in _libraries(builder, mount, folders)]
         if not found:
             return
@@ -169,7 +169,7 @@ def _libraries(builder: Builder, mount: Bind, folders: tuple[str, ...]) -> Itera
         except OSError:
             continue
         try:
-            yield ldcache.library(_reader(fd), os.fsencode(path))
+            yield ldcache.read_entry(_reader(fd), os.fsencode(path))
         except (OSError, ldcache.Malformed):
             continue  # Not a library; or one that the user may not read, and so not load.
         finally:

@@ -494,7 +494,7 @@ def test_an_import_finds_nothing_of_the_one_before(
         time.sleep(0.01)
     assert of_slot() == []
     (left_there,) = left(store)["work"]
-    path = f"{store.directory}/work/{left_there}"
+    path = os.path.join(store.directory, "work", left_there)
     assert os.stat(path).st_uid == SLOT
 
     def look(channel: socket.socket) -> None:
@@ -559,7 +559,7 @@ def test_a_killed_import_leaves_nothing_but_layers_and_resumes(
         assert time.monotonic() < deadline, "a sandbox survived its importer"
         time.sleep(0.01)
     (work,) = left(store)["work"]
-    blobs = f"{store.directory}/work/{work}/blobs/sha256"
+    blobs = os.path.join(store.directory, "work", work, "blobs/sha256")
     # Manifest and configuration are written anew each time.
     described = json.loads(blob(tmp_path / "layout", index_of(tmp_path / "layout")))["layers"]
     kept = sorted({row["digest"][7:] for row in described} & set(os.listdir(blobs)))
@@ -708,7 +708,7 @@ def test_a_connection_that_ends_midway(store: Store, tmp_path: Path) -> None:
     assert said == f"lost the connection to the registry {address} ()"
     assert left(store)["parts"] == [] and left(store)["images"] == []
     for work in left(store)["work"]:
-        names = os.listdir(f"{store.directory}/work/{work}")
+        names = os.listdir(os.path.join(store.directory, "work", work))
         assert not [name for name in names if name.startswith("oci-put-blob")], "half a layer was left"
 
 

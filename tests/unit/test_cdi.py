@@ -87,7 +87,7 @@ def test_a_file_of_nvidia() -> None:
     library = "/usr/lib/x86_64-linux-gnu/libcuda.so.550.54.14"
     assert gpu.shared.mounts == (Bind(library, library, True, False, FILE),)
     assert gpu.shared.links == (Link("/usr/lib/libcuda.so", "libcuda.so.1"),)
-    assert gpu.shared.library_folders == ("/usr/lib32", "/usr/lib64")
+    assert gpu.shared.linker_folders == ("/usr/lib32", "/usr/lib64")
     assert gpu.shared.environment == ("NVIDIA_VISIBLE_DEVICES=void",)
 
 
@@ -194,12 +194,12 @@ def test_what_is_left_out_is_said() -> None:
 
 
 def test_edits_merge_by_place() -> None:
-    first = cdi.Edits(("A=1",), (Node("/dev/a", "/dev/a", "f"),), library_folders=("/x",))
+    first = cdi.Edits(("A=1",), (Node("/dev/a", "/dev/a", "f"),), linker_folders=("/x",))
     second = cdi.Edits(("A=2", "B=1"), (Node("/dev/a", "/dev/b", "g"), Node("/dev/c", "/dev/c", "g")))
     merged = cdi.merge([first, second])
     assert merged.environment == ("A=2", "B=1")
     assert [node.host_path for node in merged.nodes] == ["/dev/a", "/dev/c"]
-    assert merged.library_folders == ("/x",)
+    assert merged.linker_folders == ("/x",)
 
 
 # ---------------------------------------------------------------- the files of a node

@@ -61,7 +61,7 @@ def library(folder: Path, soname: str, answer: int) -> Path:
 def entry(path: Path) -> Entry:
     fd = os.open(path, os.O_RDONLY)
     try:
-        return ldcache.library(lambda offset, size: os.pread(fd, size, offset), os.fsencode(path))
+        return ldcache.read_entry(lambda offset, size: os.pread(fd, size, offset), os.fsencode(path))
     finally:
         os.close(fd)
 
@@ -110,7 +110,7 @@ def test_junk_is_malformed(data: bytes) -> None:
 def test_a_library_of_junk_is_malformed(data: bytes) -> None:
     for junk in (data, b"\x7fELF\x02\x01" + data, b"\x7fELF\x02\x01" + bytes(12) + b"\x3e\0" + data):
         with pytest.raises(Malformed):
-            ldcache.library(lambda offset, size, junk=junk: junk[offset : offset + size], b"/x")  # type: ignore[misc]
+            ldcache.read_entry(lambda offset, size, junk=junk: junk[offset : offset + size], b"/x")  # type: ignore[misc]
 
 
 def test_a_program_is_no_library() -> None:

@@ -42,7 +42,7 @@ CASES: dict[str, dict[str, list[str]]] = {
 
 FILE = "/etc/cdi/nvidia.yaml"
 LIBRARY = "/usr/lib64/libcuda.so.77"
-SHARED = Edits(mounts=(Bind(LIBRARY, LIBRARY, True, False, FILE),), library_folders=("/usr/lib64",))
+SHARED = Edits(mounts=(Bind(LIBRARY, LIBRARY, True, False, FILE),), linker_folders=("/usr/lib64",))
 GPU = Device("nvidia.com/gpu", "0", Edits(nodes=(Node("/dev/nvidia0", "/dev/nvidia0", FILE),)), SHARED, FILE)
 DEVICES = Selection(gpus=(Gpu(0, GPU, ("0",)),))
 
