@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import base64
 import contextlib
+import http.server
 import json
 import os
 import socket
 import subprocess
+import threading
 import time
 import urllib.request
 from collections.abc import Iterator
@@ -105,3 +107,21 @@ def make_insecure(registries: list[Registry], path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("\n".join(rows))
     os.chmod(path, 0o644)
+
+
+@contextlib.contextmanager
+def served(handler: type[http.server.BaseHTTPRequestHandler], name: str = "") -> Iterator[str]:
+    """A server of a test's own answers, for skopeo a registry without TLS, also by another name; its address."""
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    address = f"127.0.0.1:{server.server_port}"
+    conf = Path(f"/etc/containers/registries.conf.d/enclos-test-{server.server_port}-{os.getpid()}.conf")
+    conf.write_text(f'[[registry]]\nlocation = "{name or address}"\ninsecure = true\n')
+    thread = threading.Thread(target=server.serve_forever)
+    thread.start()
+    try:
+        yield address
+    finally:
+        conf.unlink()
+        server.shutdown()
+        thread.join()
+        server.server_close()

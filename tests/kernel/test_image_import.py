@@ -30,7 +30,7 @@ from enclos.runtime.images.order import Limits, Order, Packing
 from enclos.runtime.images.parts import finish_part
 from enclos.runtime.images.sandbox import Rights
 from layers import Entry, layer, listing, umoci_unpack, write_layout
-from registries import PASSWORD, Registry, free_port, make_insecure, serve
+from registries import PASSWORD, Registry, free_port, make_insecure, serve, served
 from test_image_merge import mounted
 
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="needs root")
@@ -628,19 +628,8 @@ def liar(manifest: bytes, blobs: dict[str, bytes]) -> Iterator[str]:
         def log_message(self, *arguments: object) -> None:
             pass
 
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    address = f"127.0.0.1:{server.server_port}"
-    conf = Path(f"/etc/containers/registries.conf.d/enclos-test-liar-{os.getpid()}.conf")
-    conf.write_text(f'[[registry]]\nlocation = "{address}"\ninsecure = true\n')
-    thread = threading.Thread(target=server.serve_forever)
-    thread.start()
-    try:
+    with served(Handler) as address:
         yield address
-    finally:
-        conf.unlink()
-        server.shutdown()
-        thread.join()
-        server.server_close()
 
 
 def test_a_full_disk(registry: Registry, tmp_path: Path) -> None:

@@ -19,6 +19,7 @@ from enclos.runtime.images.layout import Store
 from enclos.runtime.images.manifest import part_key
 from enclos.runtime.images.order import Limits, Packing
 from layers import Entry, layer, listing, umoci_unpack, write_layout
+from registries import served
 from test_image_import import USER, Import, blob, home, imported, index_of, left, store
 from test_image_merge import mounted
 
@@ -118,19 +119,8 @@ def scripted(layout: Path, answer: Callable[[Handler, str], bool], name: str = "
         def log_message(self, *arguments: object) -> None:
             pass
 
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Scripted)
-    address = f"127.0.0.1:{server.server_port}"
-    conf = Path(f"/etc/containers/registries.conf.d/enclos-test-scripted-{os.getpid()}.conf")
-    conf.write_text(f'[[registry]]\nlocation = "{name or address}"\ninsecure = true\n')
-    thread = threading.Thread(target=server.serve_forever)
-    thread.start()
-    try:
+    with served(Scripted, name) as address:
         yield address
-    finally:
-        conf.unlink()
-        server.shutdown()
-        thread.join()
-        server.server_close()
 
 
 def send(handler: Handler, data: bytes, begun: threading.Event | None = None) -> None:
