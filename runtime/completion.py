@@ -1,4 +1,4 @@
-"""What a shell completes: of `enclos` from the verbs' --help, of srun's options from their rows in settings.py.
+"""What a shell completes: of `enclos` from the verbs' --help, of srun's options from their rows in options.py.
 
 generate.py writes conf/completion with these texts. For developers and tests; no daemon imports it.
 """
@@ -11,7 +11,8 @@ from collections.abc import Iterator
 from enclos.runtime import early, limits
 from enclos.runtime.cli.main import GLOBAL_OPTIONS, VERBS
 from enclos.runtime.manual import NOTE, Verb, _help, _metavar, verbs
-from enclos.runtime.settings import NETWORKS, OPTIONS
+from enclos.runtime.options import OPTIONS
+from enclos.runtime.settings import NETWORKS
 
 # What is known of an option's values, by its key. Others are files or free texts.
 VALUES = {
@@ -176,7 +177,7 @@ def bash_slurm() -> str:
     return f"""\
 # bash completion of the container options of srun, sbatch and salloc; all else is left to Slurm's own, where it is
 # installed. bash-completion finds this file first, because /usr/local/share stands before /usr/share in XDG_DATA_DIRS.
-# Made by 'python -m enclos.runtime.settings --write' from runtime/settings.py: change that.
+# Made by 'python -m enclos.runtime.settings --write' from runtime/options.py: change that.
 
 {_bash_values()}
 _enclos_srun()

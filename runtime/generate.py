@@ -1,4 +1,4 @@
-"""Make the files that follow from settings.py: `python -m enclos.runtime.settings`.
+"""Make the files that follow from settings.py and options.py: `python -m enclos.runtime.settings`.
 
     --write      rewrite all of them          --check      say which are stale, exit 1
     --c-header   print spank/options.gen.h
@@ -18,20 +18,11 @@ from typing import Any
 
 from enclos.runtime import completion, manual
 from enclos.runtime.config import yaml_value
-from enclos.runtime.settings import (
-    INTERFACE_VARIABLES,
-    OOM_VARIABLE,
-    OPTIONS,
-    VISIBLE_VARIABLES,
-    Config,
-    Option,
-    Row,
-    rows,
-    subsections,
-)
+from enclos.runtime.options import INTERFACE_VARIABLES, OOM_VARIABLE, OPTIONS, VISIBLE_VARIABLES, Option
+from enclos.runtime.settings import Config, Row, rows, subsections
 
 ROOT = Path(__file__).resolve().parent.parent
-NOTE = "made by 'python -m enclos.runtime.settings --write' from runtime/settings.py: change that"
+MADE = "made by 'python -m enclos.runtime.settings --write' from runtime/{}: change that"
 WIDTH = 96
 
 
@@ -41,7 +32,7 @@ WIDTH = 96
 def c_header() -> str:
     """The option table of the Slurm plugin."""
     lines = [
-        f"/* {NOTE}. */",
+        f"/* {MADE.format('options.py')}. */",
         "#ifndef ENCLOS_OPTIONS_GEN_H",
         "#define ENCLOS_OPTIONS_GEN_H",
         "",
@@ -101,7 +92,7 @@ def _quoted(text: str) -> str:
 def yaml_example() -> str:
     """enclos.yaml with every key explained, all of them commented out."""
     head = [
-        f"## {NOTE}.",
+        f"## {MADE.format('settings.py')}.",
         "##",
         "## Settings of Enclos on a compute node, read from /etc/enclos/enclos.yaml. Each key below shows",
         "## its default; remove the '# ' before a key, and before the sections above it, to change it. An",
@@ -145,7 +136,7 @@ def json_schema() -> str:
     document = {
         "$schema": "https://json-schema.org/draft/2020-12/schema",
         "title": "enclos.yaml",
-        "$comment": NOTE,
+        "$comment": MADE.format("settings.py"),
         **_schema_section(Config, ""),
     }
     # An empty file is null, and so is a section whose keys are all commented out.
@@ -277,7 +268,7 @@ def stale(root: Path = ROOT) -> list[Path]:
 def main(arguments: list[str]) -> int:
     """Entry of `python -m enclos.runtime.settings`."""
     parser = argparse.ArgumentParser(
-        prog="python -m enclos.runtime.settings", description="Make the files that follow from settings.py."
+        prog="python -m enclos.runtime.settings", description="Make the files that follow from the rows."
     )
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--write", action="store_true", help="rewrite all generated files")

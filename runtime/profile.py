@@ -27,7 +27,7 @@ from typing import Any
 
 import yaml
 from enclos.runtime import errors
-from enclos.runtime.settings import OPTIONS, Option
+from enclos.runtime.options import OPTIONS, Option
 
 PATH_VARIABLES = ("ENCLOS_PROFILE_PATH", "EDF_PATH")
 DIRECTORIES = ("~/.config/enclos/profiles", "~/.edf", "/etc/enclos/profiles")

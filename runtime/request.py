@@ -16,7 +16,7 @@ from enclos.runtime.devices import cdi
 from enclos.runtime.early import NAME_BYTES, NAMESPACES, PATH_BYTES, RDMA
 from enclos.runtime.images.reference import is_path
 from enclos.runtime.mounts import Mount
-from enclos.runtime.settings import INTERFACE_VARIABLES, OOM_VARIABLE, VISIBLE_VARIABLES
+from enclos.runtime.options import INTERFACE_VARIABLES, OOM_VARIABLE, VISIBLE_VARIABLES
 
 # No job of Slurm's has this id: it stands for all that 'enclos run' starts, each of them a step of it.
 RUN_JOB = 0

@@ -1,4 +1,4 @@
-/* made by 'python -m enclos.runtime.settings --write' from runtime/settings.py: change that. */
+/* made by 'python -m enclos.runtime.settings --write' from runtime/options.py: change that. */
 #ifndef ENCLOS_OPTIONS_GEN_H
 #define ENCLOS_OPTIONS_GEN_H
 

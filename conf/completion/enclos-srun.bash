@@ -1,6 +1,6 @@
 # bash completion of the container options of srun, sbatch and salloc; all else is left to Slurm's own, where it is
 # installed. bash-completion finds this file first, because /usr/local/share stands before /usr/share in XDG_DATA_DIRS.
-# Made by 'python -m enclos.runtime.settings --write' from runtime/settings.py: change that.
+# Made by 'python -m enclos.runtime.settings --write' from runtime/options.py: change that.
 
 # Those of some words that begin with a text, with a prefix, into COMPREPLY. Not compgen -W, which expands each word:
 # names of profiles are names of files, perhaps another user's. What a shell would not take as it stands is not offered.

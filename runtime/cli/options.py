@@ -10,7 +10,7 @@ import argparse
 from collections.abc import Iterator, Mapping, Sequence
 
 from enclos.runtime import errors
-from enclos.runtime.settings import OPTIONS, Option
+from enclos.runtime.options import OPTIONS, Option
 
 YES = ("1", "true", "yes", "on", "y")
 NO = ("0", "false", "no", "off", "n", "")

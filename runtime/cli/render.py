@@ -15,7 +15,7 @@ from enclos.runtime.cli import common
 from enclos.runtime.cli.check_node import node_name
 from enclos.runtime.devices.node import NodeDevices
 from enclos.runtime.idmap import container_maps
-from enclos.runtime.settings import OPTIONS, VISIBLE_VARIABLES
+from enclos.runtime.options import OPTIONS, VISIBLE_VARIABLES
 
 EXAMPLE_JOB = 1
 STAGE = "/run/enclos/stage"

@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from enclos.runtime import errors, protocol
 from enclos.runtime.cli import client, common, options, terminal
 from enclos.runtime.cli.exec import finish
-from enclos.runtime.settings import INTERFACE_VARIABLES, VISIBLE_VARIABLES
+from enclos.runtime.options import INTERFACE_VARIABLES, VISIBLE_VARIABLES
 
 # With one of these the words are the command alone, as srun's are.
 NAMING = ("container-image", "container-name", "container-profile")

@@ -21,7 +21,7 @@ import pytest
 from conftest import plain
 from enclos.runtime import protocol
 from enclos.runtime.cluster.cluster import Cluster
-from enclos.runtime.settings import OPTIONS
+from enclos.runtime.options import OPTIONS
 
 pytestmark = pytest.mark.releases
 

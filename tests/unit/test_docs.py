@@ -10,7 +10,8 @@ import pytest
 from enclos.runtime import daemon
 from enclos.runtime.cli.main import VERBS
 from enclos.runtime.cluster.main import VERBS as CLUSTER_VERBS
-from enclos.runtime.settings import OPTIONS, rows
+from enclos.runtime.options import OPTIONS
+from enclos.runtime.settings import rows
 
 ROOT = Path(__file__).parent.parent.parent
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")])

@@ -12,7 +12,8 @@ import pytest
 from enclos.runtime import early, limits, policy, request
 from enclos.runtime.errors import EnclosError
 from enclos.runtime.images import reference
-from enclos.runtime.settings import OPTIONS, Config
+from enclos.runtime.options import OPTIONS
+from enclos.runtime.settings import Config
 from hypothesis import given
 from hypothesis import strategies as st
 

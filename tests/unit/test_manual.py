@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from enclos.runtime import manual
 from enclos.runtime.cli.main import VERBS
-from enclos.runtime.settings import OPTIONS
+from enclos.runtime.options import OPTIONS
 
 ROOT = Path(__file__).resolve().parents[2]
 BASH = ROOT / "conf/completion/enclos.bash"

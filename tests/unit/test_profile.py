@@ -8,7 +8,7 @@ import pytest
 from enclos.runtime import profile
 from enclos.runtime.cli import main
 from enclos.runtime.errors import EnclosError
-from enclos.runtime.settings import OPTIONS
+from enclos.runtime.options import OPTIONS
 from hypothesis import given
 from hypothesis import strategies as st
 

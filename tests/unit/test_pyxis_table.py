@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from enclos.runtime.settings import OPTIONS
+from enclos.runtime.options import OPTIONS
 
 ROOT = Path(__file__).resolve().parents[2]
 

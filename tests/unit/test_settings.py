@@ -14,7 +14,8 @@ import pytest
 import yaml
 from enclos.runtime import config, generate
 from enclos.runtime.errors import EnclosError
-from enclos.runtime.settings import OPTIONS, Config, rows
+from enclos.runtime.options import OPTIONS
+from enclos.runtime.settings import Config, rows
 
 ROOT = Path(__file__).resolve().parents[2]
 EXAMPLE = (ROOT / "conf/enclos.yaml").read_text()
