@@ -25,6 +25,7 @@ from enclos.runtime.connection import Connection, wait_readable
 from enclos.runtime.devices.holdings import Holdings
 from enclos.runtime.devices.node import NodeDevices
 from enclos.runtime.images.cache import Cache
+from enclos.runtime.images.checks import Checks
 from enclos.runtime.images.imports import Imports
 from enclos.runtime.images.store import MountedImages
 from enclos.runtime.jobs import Jobs, word
@@ -104,8 +105,9 @@ async def run(config_path: str, node: str) -> None:
     jobs = Jobs(node, loaded.config, journal, spawner, gate, found, named)
     images = MountedImages(images_directory, loaded.config.images.idle_seconds)
     devices = NodeDevices(node, loaded.config, Holdings(loaded.config, journal, found.ifindex if found else 0))
-    imports = _open_cache(loaded.config, spawner)
-    around = Surroundings(node, loaded.config, stage, journal, spawner, images, imports, jobs, devices, named)
+    checks = Checks(spawner, f"{RUN_DIRECTORY}/verified")
+    imports = Imports(loaded.config, spawner, _open_cache(loaded.config), checks)
+    around = Surroundings(node, loaded.config, stage, journal, spawner, images, imports, checks, jobs, devices, named)
     agent = Agent(around, loaded.path, slurm)
     log.info("a node of Slurm's (%s)" if slurm else "no node of Slurm's%s", slurm)
     adoption.adopt(agent)
@@ -168,14 +170,14 @@ def _make_directories() -> tuple[str, str]:
     return images, stage
 
 
-def _open_cache(settings: Config, spawner: Spawner) -> Imports:
+def _open_cache(settings: Config) -> Cache:
     """The node's image cache. Without one, steps with images on the node run all the same."""
-    cache = Cache(settings.imports.cache_directory, amount(settings.imports.cache_size), f"{RUN_DIRECTORY}/verified")
+    cache = Cache(settings.imports.cache_directory, amount(settings.imports.cache_size))
     try:
         cache.open()
     except OSError as error:
         log.error("no image cache in %s: %s", settings.imports.cache_directory, error.strerror)
-    return Imports(settings, spawner, cache)
+    return cache
 
 
 def _named_containers(settings: Config, node_mounts_fd: int, spawner: Spawner) -> NamedContainers:

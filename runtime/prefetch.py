@@ -58,11 +58,10 @@ class Prefetch:
         around, image = self._around, errors.printable(reference.text)
         try:
             ids, home = await self._person(job.uid)
-            name, digest = reference.canonical(), reference.digest
-            if await stored.find(around.spawner, around.config, ids, name, digest) is not None:
+            if await stored.find(around, ids, reference, reference.digest, _quiet) is not None:
                 return
-            want = want_of(reference, digest, ids, home, "", "")
-            around.imports.cache.release(await around.imports.obtain(want, lambda text: None))
+            want = want_of(reference, reference.digest, ids, home, "", "")
+            around.imports.cache.release(await around.imports.obtain(want, _quiet))
             log.info("job=%d uid=%d image=%s is here", job.job, job.uid, image)
         except errors.EnclosError as error:
             log.info("job=%d uid=%d image=%s not fetched: %s", job.job, job.uid, image, error.line())
@@ -81,3 +80,7 @@ class Prefetch:
             with contextlib.suppress(ChildDied):
                 child.kill()
             child.close()
+
+
+def _quiet(text: str) -> None:
+    """Nobody looks on."""

@@ -194,6 +194,16 @@ class Images:
         "Directory of a user's images, which 'enclos image pull' fills; best on a shared file system, as "
         "'/scratch/{user}/images'. An image is looked for there after the site's store. Empty: users have none.",
     )
+    site_verify: str = setting(
+        "boot",
+        Choice("boot", "never"),
+        "When the bytes of an image of the site's store are compared with their checksum: 'boot', at its first use on "
+        "a node after the node has booted, for which each node reads the whole file once; 'never', then only its size "
+        "is.",
+    )
+    user_verify: str = setting(
+        "boot", Choice("boot", "never"), "The same for images of users' stores; their users' rights are used."
+    )
     idle_seconds: int = setting(
         600,
         Number(0, 86400),
@@ -261,7 +271,7 @@ class Imports:
         "boot",
         Choice("boot", "never"),
         "When the bytes of a cached image are compared with their checksum: 'boot', at its first use after the node "
-        "has booted, which takes about a second per GB; 'never'.",
+        "has booted, which takes about a second per GB; 'never'. For those of stores see images.site_verify.",
     )
 
 

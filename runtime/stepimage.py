@@ -93,7 +93,7 @@ class StepImage:
         ids = (wanted.uid, wanted.gid, wanted.groups)
         found = None
         if reference.is_registry:
-            found = await stored.find(self._around.spawner, config, ids, reference.canonical(), digest)
+            found = await stored.find(self._around, ids, reference, digest, self._tell)
         if found is not None:
             self._step_record["digest"] = found.digest
             self._mark("stored")

@@ -19,6 +19,7 @@ from typing import Any
 from enclos.runtime import cgroup, delegation, errors, steplimits
 from enclos.runtime.connection import wait_readable
 from enclos.runtime.devices.node import NodeDevices
+from enclos.runtime.images.checks import Checks
 from enclos.runtime.images.imports import Imports
 from enclos.runtime.images.served import ServedImage
 from enclos.runtime.images.store import MountedImages
@@ -54,6 +55,7 @@ class Surroundings:
     spawner: Spawner
     images: MountedImages
     imports: Imports
+    checks: Checks
     jobs: Jobs
     devices: NodeDevices
     named: NamedContainers

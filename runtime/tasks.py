@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 # operations: a plan is made of them, and a builder that had to import them would spend 20 ms on it.
 from enclos.runtime import builder, entering, operations, relays, running, spare, sweep, visitors
-from enclos.runtime.images import importing, lookup, packing, server
+from enclos.runtime.images import comparing, importing, lookup, packing, server
 from enclos.runtime.operations import kept
 from enclos.runtime.protocol import Message
 
@@ -38,6 +38,7 @@ TASKS = {
         Task("run", running.run, False),
         Task("lookup", lookup.run, True),
         Task("person", lookup.person, True),
+        Task("compare", comparing.run, True),
         Task("sweep", sweep.run, True),
         Task("save", packing.run, True),
         Task("discard", kept.discard, True),

@@ -110,6 +110,25 @@ def image_damaged(reference: str, detail: str) -> EnclosError:
     )
 
 
+def image_not_as_pulled(reference: str, path: str, digest: str, kind: str) -> EnclosError:
+    """The file of a store (`site` or `user`) has other bytes than when it was put there."""
+    mend = f"'enclos image rm {digest[:19]}', then pull or import it again"
+    what, cause = "image is damaged", f"{path} is not what its checksum says"
+    if kind == "site":
+        return AdminError(image_as(reference), what, cause, f"{ADMIN}{mend}, as root")
+    return UserError(image_as(reference), what, cause, mend)
+
+
+def image_unreadable(reference: str, path: str, number: int) -> EnclosError:
+    """The file of a store cannot be read when it is compared with its checksum."""
+    return UserError(
+        image_as(reference),
+        "image cannot be read",
+        f"{path}: {reason(number)}",
+        "is the file system of the store in order on this node? If others can read it, tell your administrator",
+    )
+
+
 def image_untrusted(reference: str) -> EnclosError:
     """images.user_files is refuse and the file belongs to a user."""
     return UserError(

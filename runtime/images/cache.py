@@ -26,22 +26,20 @@ from collections.abc import Iterable
 from dataclasses import replace
 
 from enclos.runtime.images import place
-from enclos.runtime.images.layout import UNFINISHED, WORK, ImageRecord, Part, Store
+from enclos.runtime.images.layout import UNFINISHED, WORK, ImageRecord, Store
 
 log = logging.getLogger("enclosd")
 
 LOOP_DEVICES = "/sys/block"
-VERIFIED_MODE = 0o700
 WORK_SECONDS = 86400
 
 
 class Cache:
-    """The images of this node. `verified` is a directory that is empty after a boot."""
+    """The images of this node."""
 
-    def __init__(self, directory: str, limit_bytes: int, verified: str) -> None:
+    def __init__(self, directory: str, limit_bytes: int) -> None:
         self.store = Store(directory)
         self._limit = limit_bytes
-        self._verified = verified
         self._held: Counter[str] = Counter()
         # Why nothing may be put there or taken from it: others than root could have put it there.
         self.refused = ""
@@ -55,7 +53,6 @@ class Cache:
         if words := place.stranger(self.store.directory, os.geteuid()):
             self.refused = words
             raise PermissionError(errno.EPERM, words, self.store.directory)
-        os.makedirs(self._verified, VERIFIED_MODE, exist_ok=True)
         self.remove_unnamed()
         self.remove_old_work()
         for name in os.listdir(f"{self.store.directory}/parts"):
@@ -198,34 +195,6 @@ class Cache:
     def drop_parts(self, keys: Iterable[str]) -> None:
         self._held.subtract(keys)
         self._held += Counter()
-
-    # --- the check on use -------------------------------------------------------------------------------------
-
-    def unverified(self, record: ImageRecord) -> list[Part]:
-        """The parts whose bytes nobody has looked at since the node booted."""
-        return [p for p in record.parts if self._mark(self.store.part_path(p.key)) != self._read_mark(p.key)]
-
-    def set_verified(self, parts: Iterable[Part]) -> None:
-        """Note that these are, as they are now, what their records say."""
-        for part in parts:
-            with open(f"{self._verified}/{part.key}", "w") as file:
-                file.write(self._mark(self.store.part_path(part.key)))
-
-    @staticmethod
-    def _mark(path: str) -> str:
-        """The file as it is now; a change of it changes this."""
-        try:
-            status = os.stat(path)
-        except FileNotFoundError:
-            return "missing"
-        return f"{status.st_dev} {status.st_ino} {status.st_size} {status.st_mtime_ns} {status.st_ctime_ns}"
-
-    def _read_mark(self, key: str) -> str:
-        try:
-            with open(f"{self._verified}/{key}") as file:
-                return file.read(256)
-        except OSError:
-            return ""
 
 
 def _bytes_below(path: str) -> int:

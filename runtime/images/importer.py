@@ -29,13 +29,12 @@ from enclos.runtime.images.layout import Store
 from enclos.runtime.images.local import Source
 from enclos.runtime.images.manifest import LayerInfo
 from enclos.runtime.images.order import Order
-from enclos.runtime.images.parts import Build, OpenLayer, Whole, file_digest, open_blob
+from enclos.runtime.images.parts import Build, OpenLayer, Whole, open_blob
 from enclos.runtime.images.reference import Reference
 from enclos.runtime.images.sandbox import Rights, Sandbox
 from enclos.runtime.images.sandboxes import Sandboxes, Unwanted, ended
 
 CONVERTERS = 4
-HASH_BYTES = 1 << 20
 FETCH_MEMORY = 2 << 30
 
 
@@ -58,10 +57,7 @@ def main() -> None:
     os.umask(0o077)
     with socket.socket(fileno=channel_fd) as channel:
         try:
-            if message.get("verify"):
-                verify(channel, message.all("verify"))
-            else:
-                Importer(channel, Order.read(message)).run()
+            Importer(channel, Order.read(message)).run()
         except (Unwanted, ConnectionError):
             sys.exit(1)
         except errors.EnclosError as error:
@@ -282,21 +278,6 @@ class Importer:
     def _remove_work(self, resolved: Resolved) -> None:
         # rmtree() of this Python does not follow symlinks that appear, and nobody is left to make some.
         shutil.rmtree(self._store.work_path(resolved.digest, self._order.uid), ignore_errors=True)
-
-
-def verify(channel: socket.socket, wanted: Sequence[str]) -> None:
-    """Compare parts of the cache with their SHA-256, each `HEX PATH`, and tell the keys of those that are intact.
-
-    What is read is only hashed.
-    """
-    intact = []
-    for text in wanted:
-        digest, _, path = text.partition(" ")
-        # One that is not there any more, or that the disk cannot read, is not intact.
-        with contextlib.suppress(OSError), open(path, "rb", buffering=0) as file:
-            if file_digest(file.fileno()) == digest:
-                intact.append(os.path.basename(path).removesuffix(".sqsh"))
-    protocol.send(channel, [("state", "verified"), *(("intact", key) for key in intact)])
 
 
 def _open_text(path: str) -> int:

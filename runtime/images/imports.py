@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from enclos.runtime import errors
 from enclos.runtime.images import manifest
 from enclos.runtime.images.cache import Cache
+from enclos.runtime.images.checks import ROOT_IDS, Checks, Damaged, ImageFile
 from enclos.runtime.images.layout import ImageRecord, Part, hex_of
 from enclos.runtime.images.manifest import LayerInfo
 from enclos.runtime.images.order import Limits, Order, Packing
@@ -28,7 +29,6 @@ from enclos.runtime.spawner import Child, ChildDied, Spawner
 log = logging.getLogger("enclosd")
 
 ATTEMPTS = 3
-VERIFY_SECONDS = 1800
 SILENT_SECONDS = 3  # After which whoever waits is told that there is no answer yet.
 Progress = Callable[[str], None]
 
@@ -71,9 +71,10 @@ class _Running:
 class Imports:
     """All imports of this node."""
 
-    def __init__(self, config: Config, spawner: Spawner, cache: Cache) -> None:
+    def __init__(self, config: Config, spawner: Spawner, cache: Cache, checks: Checks) -> None:
         self._config = config.imports
         self._spawner = spawner
+        self._checks = checks
         self.cache = cache
         self._running: dict[str, _Running] = {}
         self._slots: asyncio.Queue[int] = asyncio.Queue()
@@ -93,7 +94,7 @@ class Imports:
         for attempt in range(1, ATTEMPTS + 1):
             try:
                 record = await self._find_or_import(want, progress)
-                await self._verify(record, progress)
+                await self._check(record, want.reference.text, progress)
                 self.cache.hold(record)
                 return record
             except ChildDied:
@@ -257,7 +258,8 @@ class Imports:
         record = ImageRecord(resolved.digest, tuple(parts[key] for key in keys), config)
         record = self.cache.grant(record, want.uid, source, resolved.private)
         # Those that were there have still to be compared: nobody may have looked at them since the node booted.
-        self.cache.set_verified(part for part in record.parts if part.key not in reuse)
+        for file in (self._file(part) for part in record.parts if part.key not in reuse):
+            self._checks.note(file, file.key())
         self.cache.hold(record)
         try:
             self.cache.make_room(self._running)
@@ -300,36 +302,30 @@ class Imports:
 
     # --- the check on use -------------------------------------------------------------------------------------
 
-    async def _verify(self, record: ImageRecord, progress: Progress) -> None:
-        """Compare bytes and checksum once after a boot; raises _Damaged when the image had to be thrown away."""
-        wanted = self.cache.unverified(record) if self._config.verify == "boot" else []
-        if not wanted:
+    async def _check(self, record: ImageRecord, name: str, progress: Progress) -> None:
+        """Compare bytes and checksums once after a boot; raises _Damaged when the image had to be thrown away."""
+        if self._config.verify == "never":
             return
+        damaged = []
         self.cache.hold(record)
         try:
-            progress("checking the cached image")
-            async with asyncio.timeout(VERIFY_SECONDS):
-                intact = await self._compare(wanted)
-        except TimeoutError:
-            raise errors.import_failed(record.digest, "the check of the cached image took too long") from None
+            for part in record.parts:
+                file = self._file(part)
+                try:
+                    await self._checks.check(file, file.key(), ROOT_IDS, progress)
+                except TimeoutError as error:
+                    raise errors.import_failed(name, "the check of the cached image took too long") from error
+                except (Damaged, OSError):
+                    damaged.append(part.key)
         finally:
             self.cache.release(record)
-        self.cache.set_verified(part for part in wanted if part.key in intact)
-        if damaged := [part.key for part in wanted if part.key not in intact]:
+        if damaged:
             log.error("image=%s is damaged in the cache, removed", record.digest)
             self.cache.remove_damaged(damaged)
             raise _Damaged
 
-    async def _compare(self, wanted: list[Part]) -> set[str]:
-        """Keys of the parts whose bytes are what their record says."""
-        fields = [("verify", f"{part.sha256} {self.cache.store.part_path(part.key)}") for part in wanted]
-        child = self._spawner.spawn("import", fields)
-        try:
-            with await child.receive() as message:
-                return set(message.all("intact"))
-        finally:
-            child.kill()
-            child.close()
+    def _file(self, part: Part) -> ImageFile:
+        return ImageFile(self.cache.store.part_path(part.key), part.sha256)
 
     # --- the importer -----------------------------------------------------------------------------------------
 

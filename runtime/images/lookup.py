@@ -12,6 +12,7 @@ import socket
 
 from enclos.runtime import linux
 from enclos.runtime.images import place, stores
+from enclos.runtime.images.filekey import file_key
 from enclos.runtime.images.filestore import FileStore
 from enclos.runtime.protocol import Message, send
 
@@ -32,16 +33,18 @@ def person(channel: socket.socket, request: Message) -> int:
 def run(channel: socket.socket, request: Message) -> int:
     """The task `lookup`: `uid`, `gid`, each `group`, `site`, `template` (of users' stores), `name`, perhaps `digest`.
 
-    Answers `found` with `digest`, `path` and `config`, or `none`.
+    Answers `found` with `digest`, `path` and `config`, `kind` of the store (`site` or `user`), and for the check of the
+    file its `sha256` and its `key` as it is now; or `none`.
     """
     uid = request.number("uid")
-    directories = [(request.get("site"), 0), (stores.user_directory(request.get("template"), uid), uid)]
+    own = stores.user_directory(request.get("template"), uid)
+    directories = [("site", request.get("site"), 0), ("user", own, uid)]
     groups = [int(group) for group in request.all("group")]
     linux.drop_bounding_set(0)
     linux.keep_capabilities_and_become(uid, request.number("gid"), groups, 0)
     linux.set_no_new_privileges()
     os.chdir("/")
-    for directory, owner in directories:
+    for kind, directory, owner in directories:
         store = FileStore(directory)
         try:
             # What another user may have put there is not what this one asked for.
@@ -49,11 +52,12 @@ def run(channel: socket.socket, request: Message) -> int:
                 continue
             digest = request.get("digest") or store.digest_of(request.get("name"))
             image = store.find(digest) if digest else None
+            key = file_key(os.stat(store.image_path(digest))) if image else ""
         except (OSError, ValueError):
             continue  # Not readable for this user, or not there: the next one.
         if image is not None and len(image.config) <= CONFIG_LIMIT and "\0" not in image.config:
             found = [("digest", digest), ("path", store.image_path(digest)), ("config", image.config)]
-            send(channel, [("state", "found"), *found])
+            send(channel, [("state", "found"), *found, ("kind", kind), ("sha256", image.sha256), ("key", key)])
             return 0
     send(channel, [("state", "none")])
     return 0

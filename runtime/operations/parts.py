@@ -13,6 +13,7 @@ from enclos.runtime import errors, linux
 from enclos.runtime.builder import Builder
 from enclos.runtime.idmap import image_map
 from enclos.runtime.images import sif
+from enclos.runtime.images.filekey import file_key
 from enclos.runtime.linux import (
     MOUNT_ATTR_IDMAP,
     MOUNT_ATTR_NODEV,
@@ -29,8 +30,7 @@ def mount_lower(builder: Builder, name: str, fd: int, path: str, extent: sif.Ext
     The file is mounted once per node; this builder mounts it if no other has. The clone is kept as `name`. False where
     the kernel can't do that.
     """
-    status = os.fstat(fd)
-    key = f"{status.st_dev:x}-{status.st_ino:x}-{status.st_size:x}-{status.st_mtime_ns:x}-{status.st_ctime_ns:x}"
+    key = file_key(os.fstat(fd))
     with builder.need("image", ("key", key), ("path", path)) as answer:
         for given_name, given in zip(answer.all("name"), answer.take_fds(), strict=True):
             builder.keep(given_name, given)

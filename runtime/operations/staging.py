@@ -20,6 +20,7 @@ from enclos.runtime.asuser import open_as_user
 from enclos.runtime.builder import Builder
 from enclos.runtime.devices.cdi import Node
 from enclos.runtime.images import origin, sif, squashfs
+from enclos.runtime.images.filekey import file_key
 from enclos.runtime.linux import (
     CLONE_NEWNET,
     MOUNT_ATTR_NODEV,
@@ -236,7 +237,7 @@ class OpenImage:
 
     def _recognise(self, builder: Builder, status: os.stat_result) -> None:
         """What was written into a named container is a change to one image, and to no other."""
-        key = f"{status.st_dev:x}-{status.st_ino:x}" if stat.S_ISDIR(status.st_mode) else _key(status)
+        key = f"{status.st_dev:x}-{status.st_ino:x}" if stat.S_ISDIR(status.st_mode) else file_key(status)
         if self.wanted_key not in ("", key):
             raise errors.named_image_changed(self.name, self.path)
         builder.results.append(("image_key", key))
@@ -322,11 +323,6 @@ class LookUpAccounts:
                 builder.group_names.append((grp.getgrgid(group_id).gr_name, group_id))
             except KeyError:
                 builder.group_names.append((f"g{group_id}", group_id))
-
-
-def _key(status: os.stat_result) -> str:
-    """Names an image file as it is now."""
-    return f"{status.st_dev:x}-{status.st_ino:x}-{status.st_size:x}-{status.st_mtime_ns:x}-{status.st_ctime_ns:x}"
 
 
 def _is_roots(fd: int, status: os.stat_result) -> bool:

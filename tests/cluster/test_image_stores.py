@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -48,6 +50,7 @@ def make_image(tree: Path, whose: str) -> Path:
     for applet in ("cat", "sh", "sleep"):
         (tree / "bin" / applet).symlink_to("busybox")
     (tree / "from").write_text(f"{whose}\n")
+    (tree / "noise").write_bytes(os.urandom(3 << 20))
     path = tree.with_suffix(".sqsh")
     command = ["mksquashfs", str(tree), str(path), "-all-root", "-noappend", "-quiet", "-no-progress"]
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
@@ -173,6 +176,88 @@ def test_a_store_that_makes_no_sense_is_passed_over(stores: Cluster, damage: str
     done = ask(stores, "tools:own", "userb")
     assert done.returncode != 0 and "registry.invalid" in done.stderr and done.stdout == ""
     assert ask(stores, "tools:own").stdout == "usera\nusera\n"
+
+
+def file_of(stores: Cluster, user: str, name: str) -> Path:
+    """The file of a store, as this process sees it."""
+    shown = json.loads(stores.run(["enclos", "image", "inspect", name, "--json"], user).stdout)
+    return stores.path_on(None, shown["path"])
+
+
+@contextlib.contextmanager
+def damaged(path: Path) -> Iterator[None]:
+    """One byte of a file is another one meanwhile, in the middle, where the noise is."""
+
+    def flip() -> None:
+        with open(path, "r+b") as file:
+            file.seek(path.stat().st_size // 2)
+            (byte,) = file.read(1)
+            file.seek(-1, os.SEEK_CUR)
+            file.write(bytes([byte ^ 1]))
+
+    flip()
+    try:
+        yield
+    finally:
+        flip()
+
+
+@pytest.mark.parametrize(("image", "user", "hint"), [
+    ("tools:site", "root", "administrator: 'enclos image rm {}', then pull or import it again, as root"),
+    ("tools:own", "usera", "'enclos image rm {}', then pull or import it again"),
+])  # fmt: skip
+def test_a_damaged_file_is_found_before_it_runs(stores: Cluster, image: str, user: str, hint: str) -> None:
+    """Also of an image that ran on the node before, and until it is whole again."""
+    path = file_of(stores, user, image)
+    assert ask(stores, image).returncode == 0
+    with damaged(path):
+        done = ask(stores, image)
+        assert (done.returncode, done.stdout) == (1, "")
+        file = rf"\S+/images/{path.name}"
+        words = rf"--container-image={image}: image is damaged \({file} is not what its checksum says\) on n[12]$"
+        assert re.search(words, done.stderr, re.MULTILINE), done.stderr
+        assert f"hint: {hint.format(f'sha256:{path.stem[:12]}')}" in done.stderr
+    assert (again := ask(stores, image)).returncode == 0, again.stderr
+    stores.await_idle()
+    assert set(stores.run(["sinfo", "-h", "-N", "-o", "%T"]).stdout.split()) == {"idle"}
+
+
+def test_what_the_hint_says_mends_it(stores: Cluster) -> None:
+    path = file_of(stores, "usera", "tools:own")
+    copy = stores.layout.shared / "copy.sqsh"
+    shutil.copy(path, copy)
+    copy.chmod(0o644)
+    path.chmod(0o644)
+    with open(path, "r+b") as file:
+        file.seek(path.stat().st_size // 2)
+        file.write(b"damage")
+    done = ask(stores, "tools:own")
+    hint = re.search(r"'(enclos image rm \S+)'", done.stderr)
+    assert done.returncode == 1 and hint is not None, done.stderr
+    assert stores.run(hint[1].split(), "usera").returncode == 0
+    for name in ("tools:own", "tools:both"):  # Both names went with it.
+        assert stores.run(["enclos", "image", "import", "/shared/copy.sqsh", name], "usera").returncode == 0
+    done = ask(stores, "tools:own")
+    assert done.stdout == "usera\nusera\n", done.stderr
+    copy.unlink()
+
+
+def test_a_site_may_do_without_the_check(stores: Cluster) -> None:
+    """Of either store; and one that is off leaves the other on."""
+    conf = stores.layout.node_etc("n1") / "enclos.yaml"
+    before = conf.read_text()
+    paths = {image: file_of(stores, user, image) for user, image in (("root", "tools:site"), ("usera", "tools:own"))}
+    try:
+        for off, image in (("site_verify", "tools:site"), ("user_verify", "tools:own")):
+            conf.write_text(before.replace("idle_seconds: 0", f"idle_seconds: 0, {off}: never"))
+            stores.restart_agent("n1")
+            for name, path in paths.items():
+                with damaged(path):
+                    words = ["srun", "-w", "n1", f"--container-image={name}", "cat", "/from"]
+                    assert stores.run(words, "usera").returncode == (0 if name == image else 1), (off, name)
+    finally:
+        conf.write_text(before)
+        stores.restart_agent("n1")
 
 
 def test_ls_shows_both(stores: Cluster) -> None:

@@ -38,6 +38,8 @@ SAMPLES: dict[str, tuple[object, ...]] = {
     "image_sif_unusable": ("/home/usera/mpi.sif", "its root file system is ext3"),
     "image_truncated": (IMAGE, 81920, 4096),
     "image_damaged": (IMAGE, "input/output error"),
+    "image_not_as_pulled": ("tools:1", "/site/images/images/ab12.sqsh", f"sha256:{'ab12' * 16}", "site"),
+    "image_unreadable": ("tools:1", "/home/usera/.local/share/enclos/images/images/ab12.sqsh", errno.ESTALE),
     "image_untrusted": ("/home/usera/mine.sqsh",),
     "image_server_missing": (),
     "image_fuse_failed": (errno.ENODEV,),

@@ -90,7 +90,7 @@ def test_parts_where_unfinished_files_have_names(tmp_path: Path, monkeypatch: py
     again = store.part_file()
     store.keep_part(again, "ab" * 32)
     killed = store.part_file()
-    cache = Cache(str(tmp_path), 1 << 30, str(tmp_path / "verified"))
+    cache = Cache(str(tmp_path), 1 << 30)
     cache.remove_unnamed()  # While an import is under way.
     assert [name.endswith(UNFINISHED) for name in os.listdir(tmp_path / "parts")] == [True]
     cache.open()
@@ -101,7 +101,7 @@ def test_parts_where_unfinished_files_have_names(tmp_path: Path, monkeypatch: py
 
 def test_room_is_made_for_what_comes(tmp_path: Path) -> None:
     """The limit counts, and the disk where it has less; what is in use stays."""
-    cache = Cache(str(tmp_path / "cache"), 100 << 20, str(tmp_path / "verified"))
+    cache = Cache(str(tmp_path / "cache"), 100 << 20)
     cache.open()
 
     def add(number: int) -> ImageRecord:
