@@ -23,6 +23,9 @@ from enclos.runtime.images.tar import Member
 OPAQUE = b".wh..wh..opq"
 WHITEOUT_PREFIX = b".wh."
 OPAQUE_XATTR = {b"user.overlay.opaque": b"y"}
+# An overlay shows a directory that it does not merge as it is, whiteouts and all, unless this says that there may be
+# some: "Check for non-merge dir that may have whiteouts" in fs/overlayfs/inode.c. Empty stands for an unknown origin.
+WHITEOUTS_XATTR = {b"user.overlay.origin": b""}
 LAYER_BITS = 40
 WHITEOUT = -1
 WRITTEN = -2
@@ -146,6 +149,8 @@ class Tree:
         directory.children.pop(name, None)
 
     def _link(self, directory: Directory, name: bytes, member: Member) -> None:
+        # What it replaces goes first, also where the target is in it, or behind it if that is a symlink.
+        directory.children.pop(name, None)
         *parents, last = split(member.target, f"the target of the hard link {shown(member.name)}") or [b""]
         holder, _ = self._directory(parents, create=False)
         if holder is directory and last == name:
@@ -284,21 +289,14 @@ class Tree:
         return here
 
     def walk(self) -> Iterator[tuple[bytes, Directory | int]]:
-        """All paths but the root, parents first.
-
-        Whiteouts in an opaque directory are left out: nothing is below it that they could hide, and in a directory
-        that it does not merge, an overlay lists them.
-        """
-        stack: list[tuple[bytes, Directory, bool]] = [(b"", self.root, False)]
+        """All paths but the root, parents first."""
+        stack: list[tuple[bytes, Directory]] = [(b"", self.root)]
         while stack:
-            prefix, directory, alone = stack.pop()
-            alone = alone or directory.opaque
+            prefix, directory = stack.pop()
             for name, found in directory.children.items():
                 path = prefix + b"/" + name if prefix else name
                 if isinstance(found, Directory):
-                    stack.append((path, found, alone))
-                elif found == WHITEOUT and alone:
-                    continue
+                    stack.append((path, found))
                 yield path, found
 
 
@@ -483,6 +481,8 @@ def _names_of_linked(tree: Tree) -> dict[int, list[bytes]]:
 
 def _directory(path: bytes, found: Directory, member: Member | None) -> Member:
     xattrs = OPAQUE_XATTR if found.opaque else {}
+    if WHITEOUT in found.children.values():
+        xattrs = xattrs | WHITEOUTS_XATTR
     if member is None:
         return Member(path or b".", tar.DIRECTORY, mode=0o755, xattrs=xattrs)
     mode = stat.S_IMODE(member.mode) & 0o1777

@@ -13,8 +13,8 @@ of `ImageRecord.parts`, the first one lowest, and reads `ImageRecord.config`.
 
 Every file appears by link or rename when it is complete and on disk; whatever is not named by a record may be removed.
 A part holds whiteouts as 0/0 character devices and opaque directories as `user.overlay.opaque`, for an overlay that is
-mounted with `userxattr`; the lowest part has neither. All files belong to 0:0; there are no devices, setuid bits or
-file capabilities.
+mounted with `userxattr`; a directory with whiteouts has an empty `user.overlay.origin` (flatten.py). The lowest part
+has none of these. All files belong to 0:0; there are no devices, setuid bits or file capabilities.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ import os
 import re
 from dataclasses import asdict, dataclass
 
-FORMAT = 1
+FORMAT = 2
 RECORD_LIMIT_BYTES = 1 << 20
 WORK = "work"  # The folder of a store in which imports keep their blobs.
 UNFINISHED = ".new"

@@ -369,6 +369,16 @@ def test_a_damaged_part_is_found_where_another_image_takes_it(site: Cluster) -> 
     assert len([part for part in site.layout.node_cache("n1").glob("parts/*") if part.stat().st_size > 24 << 20]) == 1
 
 
+def test_what_layers_bring_and_delete_above_a_part_is_not_seen(site: Cluster) -> None:
+    """Not in listings either, and what a container changes there is as on any disk."""
+    new = Entry("new", "dir", mode=0o755)
+    above = [[new, Entry("new/brought"), Entry("new/kept")], [new, Entry("new/.wh.brought"), Entry("new/.wh.never")]]
+    reference, _ = push(site, "deletes", layers=[bottom("deletes", 25 << 20), *(layer(made) for made in above)])
+    words = ["ls /new", "touch /new/brought", "ls /new", "rm -r /new", "mkdir /new", "ls -A /new"]
+    done = run(site, reference, "; ".join(f"/bin/busybox {each}" for each in words))
+    assert (done.returncode, done.stdout.split()) == (0, ["kept", "brought", "kept"]), done.stderr
+
+
 def damage(part: Path) -> None:
     part.chmod(0o600)
     with open(part, "r+b") as file:

@@ -123,6 +123,7 @@ def listing(root: Path) -> Listing:
     found: Listing = {}
     inodes: dict[tuple[int, int], str] = {}
     for directory, names, files in os.walk(root):
+        names.sort()  # The order in which they are entered: the first name of a file stands for it.
         for name in sorted([*names, *files]):
             path = os.path.join(directory, name)
             status = os.lstat(path)

@@ -18,7 +18,7 @@ import pytest
 import quotas
 from enclos.runtime.cluster.nodes import closed_folder
 from enclos.runtime.images.filestore import FileStore
-from layers import Entry, layer, write_layout
+from layers import Entry, layer, listing, umoci_unpack, write_layout
 from registries import Registry, make_insecure, serve
 
 pytestmark = [pytest.mark.kernel, pytest.mark.skipif(os.geteuid() != 0, reason="needs root")]
@@ -37,7 +37,11 @@ def registry(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Registry]:
         below = layer([Entry("etc", "dir", mode=0o755), Entry("etc/below"), Entry("etc/gone")])
         above = layer([Entry("etc/.wh.gone"), Entry("etc/above"), Entry("setuid", mode=0o4755)])
         big = layer([Entry("random", data=os.urandom(24 << 20))])
-        for name, layers in {"small": [below, above], "big": [below, big]}.items():
+        new = Entry("new", "dir", mode=0o755)
+        deletes = [layer([new, Entry("new/brought"), Entry("new/kept")])]
+        deletes += [layer([new, Entry("new/.wh.brought"), Entry("new/.wh.never")])]
+        images = {"small": [below, above], "big": [below, big], "deletes": [below, big, *deletes]}
+        for name, layers in images.items():
             write_layout(folder / name, layers, config=CONFIG)
             running.push(folder / name, name)
         yield running
@@ -142,6 +146,20 @@ def test_pull_and_what_is_there_then(caller: Caller, registry: Registry) -> None
     assert f"enclos: {copy}: the file cannot be used (file exists)" in again.stderr
     assert caller.run("rm", "small:t").returncode == 0
     assert files(caller.store) == []
+
+
+def test_what_layers_bring_and_delete_is_in_no_store(caller: Caller, registry: Registry, tmp_path: Path) -> None:
+    """Nor in a file that is exported, as squashfuse shows it."""
+    copy, root = Path(caller.store.directory).with_name("copy.sqsh"), tmp_path / "root"
+    assert caller.run("pull", "deletes:t").returncode == 0
+    assert caller.run("export", "deletes:t", str(copy)).returncode == 0
+    root.mkdir()
+    subprocess.run(["squashfuse", str(copy), str(root)], check=True)
+    try:
+        assert listing(root) == listing(umoci_unpack(registry.folder / "deletes", tmp_path / "bundle"))
+        assert os.listdir(root / "new") == ["kept"]
+    finally:
+        subprocess.run(["umount", str(root)], check=True)
 
 
 @pytest.mark.parametrize(
