@@ -20,6 +20,7 @@ import logging
 import math
 import os
 import shutil
+import stat
 import time
 from collections import Counter
 from collections.abc import Iterable
@@ -179,7 +180,7 @@ class Cache:
                     os.unlink(f"{self.store.directory}/images/{name}")
 
     def remove_old_work(self, working: Iterable[str] = ()) -> None:
-        """Remove the blobs of interrupted imports that nobody has taken up again for a day."""
+        """Remove what interrupted imports left: blobs that nobody has taken up again for a day, and what has none."""
         self._remove_work(set(working), time.time() - WORK_SECONDS)
 
     def _remove_work(self, working: set[str], before: float = math.inf) -> None:
@@ -207,9 +208,14 @@ def _bytes_below(path: str) -> int:
 
 
 def _last_change(work: str) -> float:
-    """When a work directory got its last blob; 0 for one that has none."""
-    times = [0.0]
-    for path in (work, f"{work}/blobs/sha256"):
-        with contextlib.suppress(OSError):
-            times.append(os.lstat(path).st_mtime)
-    return max(times)
+    """When a work directory got its last blob; 0 for one that has none: empty files stand for others' (importer.py)."""
+    blobs = f"{work}/blobs/sha256"
+    with contextlib.suppress(OSError), os.scandir(blobs) as entries:
+        if any(_is_blob(entry) for entry in entries):
+            return max(os.lstat(path).st_mtime for path in (work, blobs))
+    return 0.0
+
+
+def _is_blob(entry: os.DirEntry[str]) -> bool:
+    status = entry.stat(follow_symlinks=False)
+    return stat.S_ISREG(status.st_mode) and status.st_size > 0

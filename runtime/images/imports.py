@@ -14,6 +14,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from enclos.runtime import errors
+from enclos.runtime.connection import wait_readable
 from enclos.runtime.images import manifest
 from enclos.runtime.images.cache import Cache
 from enclos.runtime.images.checks import ROOT_IDS, Checks, Damaged, ImageFile
@@ -29,6 +30,7 @@ from enclos.runtime.spawner import Child, ChildDied, Spawner
 log = logging.getLogger("enclosd")
 
 ATTEMPTS = 3
+END_SECONDS = 10
 SILENT_SECONDS = 3  # After which whoever waits is told that there is no answer yet.
 Progress = Callable[[str], None]
 
@@ -198,14 +200,14 @@ class Imports:
         made: list[Part] = []
         try:
             async with asyncio.timeout(self._config.deadline_seconds):
-                record = await self._drive(running, want, child, resolved, made)
-            running.done.set_result(record)
+                running.done.set_result(await self._drive(running, want, child, resolved, made))
         except TimeoutError:
-            running.done.set_exception(errors.import_timed_out(want.reference.text, self._config.deadline_seconds))
+            seconds = self._config.deadline_seconds
+            await self._give_up(running, child, errors.import_timed_out(want.reference.text, seconds))
         except asyncio.CancelledError:
-            running.done.set_exception(ChildDied())
+            await self._give_up(running, child, ChildDied())
         except Exception as error:
-            running.done.set_exception(error)
+            await self._give_up(running, child, error)
         finally:
             owned.close()
             del self._running[resolved.digest]
@@ -213,6 +215,21 @@ class Imports:
             if running.done.exception() is not None:
                 with contextlib.suppress(OSError):
                     self.cache.remove_unnamed()
+                    self.cache.remove_old_work(self._running)
+
+    async def _give_up(self, running: _Running, child: Child, error: Exception) -> None:
+        """Let the importer end what it has started, then tell whoever waits: he may begin anew in the same directory.
+
+        It sees by the end of its channel that nobody wants the image, and what it stands for has ended when it has.
+        """
+        running.task = None  # From here on nobody who gives up waiting ends this.
+        child.channel.close()
+        try:
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(END_SECONDS):
+                    await wait_readable(child.pidfd)
+        finally:
+            running.done.set_exception(error)
 
     async def _drive(
         self, running: _Running, want: Want, child: Child, resolved: _Resolved, made: list[Part]
