@@ -125,18 +125,17 @@ def _read(
     for key in BASE_KEYS:
         bases = content.pop(key, [])
         for base in [bases] if isinstance(bases, str) else _strings(str(path), key, bases):
-            _read(_base(path, base, variables), variables, merged, profile, (*below, path.resolve()))
+            base_path = find(seen_from(str(path.parent), base), variables)
+            _read(base_path, variables, merged, profile, (*below, path.resolve()))
     for key, value in content.items():
         _merge(merged, _normal(str(path), key), _substituted(str(path), value, variables))
     profile.files.append(str(path))
 
 
-def _base(path: Path, name: str, variables: Mapping[str, str]) -> Path:
-    """A base that is a relative path is beside the file that names it."""
-    beside = path.parent / name
-    if ("/" in name or name.endswith(SUFFIXES)) and not name.startswith(("/", "~")):
-        return find(str(beside), variables)
-    return find(name, variables)
+def seen_from(directory: str, name: str) -> str:
+    """What a profile is called elsewhere: a relative path is one of that directory; names and other paths stay."""
+    is_relative = ("/" in name or name.endswith(SUFFIXES)) and not name.startswith(("/", "~"))
+    return os.path.join(directory, name) if is_relative else name
 
 
 def _parse(path: Path) -> dict[str, Any]:

@@ -39,12 +39,17 @@ def run(arguments: list[str]) -> int:
         run_verb: Callable[[Work], int] = given.run
         return run_verb(work)
     except errors.EnclosError as error:
-        # Worded for srun, where an image is an option's value; here it is an argument. But srun itself uses `resolve`.
-        if given.run is not _resolve:
-            error.subject = error.subject.removeprefix("--container-image=")
+        if given.run is not _resolve:  # srun itself uses that one.
+            without_option(error)
         raise
     except OSError as error:
         raise errors.store_unusable(work.places.own or str(error.filename), error.errno or 0) from error
+
+
+def without_option(error: errors.EnclosError) -> errors.EnclosError:
+    """An error that was worded for srun, where an image is an option's value; here it is an argument."""
+    error.subject = error.subject.removeprefix("--container-image=")
+    return error
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,17 +78,25 @@ class Work:
 
     def find(self, text: str, places: list[tuple[str, FileStore]]) -> tuple[str, FileStore, StoredImage]:
         """An image by its name or its digest, which may be cut as long as it is unambiguous."""
+        begun: dict[str, tuple[str, FileStore, StoredImage]] = {}
         for kind, store in places:
             for image in store.images():
-                if text in image.names or image.digest == text or _begins(image.digest, text):
+                if text in image.names or image.digest == text:
                     return kind, store, image
+                if _begins(image.digest, text):
+                    begun.setdefault(image.digest, (kind, store, image))
+        if len(begun) > 1:
+            matches = [" ".join([digest, *image.names[:1]]) for digest, (_, _, image) in sorted(begun.items())]
+            raise errors.image_ambiguous(text, matches)
+        for found in begun.values():
+            return found
         try:
             name = self.reference(text).canonical()
         except errors.EnclosError:
             name = ""
         for kind, store in places:
-            if name and (found := store.find(store.digest_of(name))) is not None:
-                return kind, store, found
+            if name and (named := store.find(store.digest_of(name))) is not None:
+                return kind, store, named
         raise errors.image_not_in_store(text, [store.directory for _, store in places])
 
     def stored_digest(self, name: str) -> str:
@@ -175,16 +188,18 @@ def _pull(work: Work) -> int:
     store.make()
     done = []
     for one in wanted:
-        with progress.shown(one.text, store) as show:
-            puller = Puller(work.config, show, auth_file)
-            begin = time.monotonic()
-            image, new = puller.pull(store, one)
-            words = f"pulled in {time.monotonic() - begin:.1f} s" if new else "is here already"
-            show.end(f"{one.canonical()} {words}: {image.digest}, {size(image.bytes)}")
-        done.append(_as_json("own", store, image) | {"new": new})
+        try:
+            with progress.shown(one.text, store) as show:
+                begin = time.monotonic()
+                image, new = Puller(work.config, show, auth_file).pull(store, one)
+                words = f"pulled in {time.monotonic() - begin:.1f} s" if new else "is here already"
+                show.end(f"{one.canonical()} {words}: {image.digest}, {size(image.bytes)}")
+            done.append(_as_json("own", store, image) | {"new": new})
+        except errors.EnclosError as error:  # The others are wanted all the same.
+            common.report(without_option(error))
     if work.given.json:
         common.print_json(done)
-    return 0
+    return 0 if len(done) == len(wanted) else 1
 
 
 def _of_job(work: Work) -> list[Reference]:

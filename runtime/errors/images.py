@@ -168,6 +168,13 @@ def image_not_in_store(reference: str, directories: Sequence[str]) -> EnclosErro
     )
 
 
+def image_ambiguous(reference: str, matches: Sequence[str]) -> EnclosError:
+    """Several images of the stores have digests that begin so; `matches` are digests, perhaps each with a name."""
+    return UserError(
+        reference, "several images have such a digest", ", ".join(matches), "give more digits of it, or a name"
+    )
+
+
 def store_unusable(directory: str, number: int, detail: str = "") -> EnclosError:
     """`enclos image` cannot read or write a store, or it is somebody else's."""
     return UserError(

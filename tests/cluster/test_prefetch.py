@@ -21,6 +21,7 @@ PORT = 5099
 ADDRESS = f"n2:{PORT}"
 IMAGE = f"docker://{ADDRESS}/tools:1"
 SILENT = ("n2:5098", "n2:5097")  # They accept, and say nothing.
+STALLS = "n2:5096"
 
 
 @pytest.fixture(scope="module")
@@ -33,7 +34,7 @@ def registry(make_cluster: Callable[..., Cluster]) -> Iterator[Cluster]:
         f"http: {{addr: 0.0.0.0:{PORT}}}\n"
     )
     # The machines' /etc is the cluster's own.
-    places = "".join(f'[[registry]]\nlocation = "{place}"\ninsecure = true\n' for place in (ADDRESS, *SILENT))
+    places = "".join(f'[[registry]]\nlocation = "{place}"\ninsecure = true\n' for place in (ADDRESS, *SILENT, STALLS))
     for node in (None, "n1", "n2"):
         write = "mkdir -p /etc/containers/registries.conf.d; cat > /etc/containers/registries.conf.d/test.conf"
         assert cluster.run(write, node=node, input=places).returncode == 0
@@ -171,6 +172,62 @@ def test_a_job_that_ends_stops_it(fresh: Cluster) -> None:
     stop(silent)
 
 
+STALLING = """
+import http.server, json, sys, time
+folder = "/shared/layout/blobs/sha256/"
+manifest = json.load(open("/shared/layout/index.json"))["manifests"][0]
+class Handler(http.server.BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+    def do_GET(self):
+        name = self.path.rpartition("/")[2]
+        described = json.load(open(folder + manifest["digest"][7:]))
+        if "/manifests/" in self.path:
+            self.answer(manifest["mediaType"], open(folder + manifest["digest"][7:], "rb").read())
+        elif name == described["config"]["digest"]:
+            self.answer("application/octet-stream", open(folder + name[7:], "rb").read())
+        elif "/blobs/" in self.path:
+            self.send_response(200)
+            self.send_header("Content-Length", str(described["layers"][0]["size"]))
+            self.end_headers()
+            self.wfile.write(open(folder + name[7:], "rb").read(1 << 20))
+            self.wfile.flush()
+            time.sleep(300)
+        else:
+            self.answer("application/json", b"{}")
+    def answer(self, kind, data):
+        self.send_response(200)
+        self.send_header("Content-Type", kind)
+        self.send_header("Content-Length", str(len(data)))
+        self.end_headers()
+        self.wfile.write(b"" if self.command == "HEAD" else data)
+    do_HEAD = do_GET
+    def log_message(self, *arguments): pass
+server = http.server.ThreadingHTTPServer(("", int(sys.argv[1])), Handler)
+print(flush=True)
+server.serve_forever()
+"""
+
+
+def test_one_that_is_stopped_leaves_nothing(fresh: Cluster) -> None:
+    """Of a layer that has not arrived as a whole there is nothing to go on with."""
+    server = fresh.popen(["python3", "-c", STALLING, STALLS.partition(":")[2]], node="n2")
+    assert server.stdout is not None and server.stdout.readline() == "\n"
+    work = fresh.path_on("n1", "/var/cache/enclos/work")
+    job = allocate(fresh, f"--container-image=docker://{STALLS}/tools:1")
+    deadline = time.monotonic() + 20
+    while not any(path.stat().st_size for path in work.rglob("*") if path.is_file()):
+        assert time.monotonic() < deadline, (list(work.rglob("*")), fresh.agent_log("n1"))
+        time.sleep(0.02)
+    fresh.run(["scancel", job])
+    fresh.await_idle()
+    deadline = time.monotonic() + 5
+    while (left := list(work.iterdir())) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    assert left == [] and not importers(fresh, wanted=False)
+    server.kill()
+    server.communicate(timeout=20)
+
+
 # --- before it starts: enclos image pull --job ------------------------------------------------------------------------
 
 
@@ -213,6 +270,33 @@ def test_a_pending_jobs_images(fresh: Cluster, script: str, options: list[str]) 
     assert pull(fresh, job).stderr.count("is here already") == 1
     assert set(finish(fresh, job).splitlines()) == {"yes"}
     assert cached(fresh) == []
+
+
+def test_a_profile_names_an_image(fresh: Cluster) -> None:
+    """One of the site's path, and a file beside the job's: relative paths are seen from its directory."""
+    shutil.rmtree(fresh.layout.homes / "usera/.local/share/enclos", ignore_errors=True)
+    profiles = fresh.layout.homes / "usera/.edf"
+    profiles.mkdir(exist_ok=True)
+    (profiles / "tools.toml").write_text(f'image = "{IMAGE}"\n')
+    (fresh.layout.shared / "beside.toml").write_text(f'base = "tools"\nimage = "{IMAGE}"\n')
+    for name in ("tools", "./beside.toml"):
+        script = f"#!/bin/sh\nsrun --container-profile={name} sh -c 'echo $FROM_IMAGE'\n"
+        job = submit(fresh, script, "-D", "/shared")
+        done = pull(fresh, job, "usera", "--json")
+        assert [image["source"] for image in json.loads(done.stdout)] == [IMAGE], done.stderr
+        assert finish(fresh, job) == "yes\n"
+    assert cached(fresh) == []
+
+
+def test_one_that_is_missing_leaves_the_others(fresh: Cluster) -> None:
+    """Of a job's images and of those on the command line: the exit status tells."""
+    shutil.rmtree(fresh.layout.homes / "usera/.local/share/enclos", ignore_errors=True)
+    names = (f"docker://{ADDRESS}/none:1", IMAGE)
+    job = submit(fresh, "#!/bin/sh\n" + "".join(f"srun --container-image={name} true\n" for name in names))
+    for words in ([f"--job={job}"], names):
+        done = fresh.run(["enclos", "image", "pull", "--json", *words], "usera")
+        assert done.returncode == 1 and f"enclos: {names[0]}: image not found" in done.stderr, done.stderr
+        assert [image["source"] for image in json.loads(done.stdout)] == [IMAGE]
 
 
 def test_a_job_is_only_its_users(fresh: Cluster) -> None:

@@ -233,6 +233,31 @@ def test_errors_leave_nothing(caller: Caller, words: list[str], text: str) -> No
     assert files(caller.store) == []
 
 
+def test_digits_that_several_digests_begin_with(caller: Caller) -> None:
+    """Nothing is done with either of them; more digits, or a name, tell them apart."""
+    digests = [f"sha256:{'ab' * 6}{number * 52}" for number in "01"]
+    home = Path(caller.store.directory).parent
+    os.chown(home, 0, 0)
+    caller.store.make()
+    for digest in digests:
+        file = Path(caller.store.work.directory, "file")
+        file.write_bytes(b"hsqs")
+        caller.store.add(digest, "docker://registry/tools:1", str(file), "{}")
+    caller.store.name("docker://registry/tools:1", digests[1])
+    for path in [home, *home.rglob("*")]:
+        os.chown(path, caller.uid, caller.uid)
+    for words in (["inspect", "ab" * 4], ["rm", f"sha256:{'ab' * 6}"], ["export", "ab" * 6, "out.sqsh"]):
+        done = caller.run(*words)
+        shown = f"{digests[0]}, {digests[1]} docker://registry/tools:1"
+        line = f"enclos: {words[1]}: several images have such a digest ({shown})\n"
+        assert (done.returncode, done.stdout) == (1, "") and done.stderr.startswith(line), done.stderr
+    assert len(caller.store.images()) == 2
+    assert caller.json("inspect", "ab" * 6 + "1")["digest"] == digests[1]
+    assert caller.run("rm", "ab" * 6 + "0").returncode == 0
+    assert [image.digest for image in caller.store.images()] == [digests[1]]
+    assert caller.run("rm", "ab" * 4).returncode == 0
+
+
 @pytest.fixture
 def folder() -> Iterator[Path]:
     """One that everybody may write to; those of pytest are closed to others."""

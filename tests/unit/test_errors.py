@@ -44,6 +44,7 @@ SAMPLES: dict[str, tuple[object, ...]] = {
     "image_server_missing": (),
     "image_fuse_failed": (errno.ENODEV,),
     "image_not_in_store": ("debian:13", ["/site/images", "/home/usera/.local/share/enclos/images"]),
+    "image_ambiguous": ("ab12ab12", [f"sha256:ab12ab12{'0' * 56} docker://tools:1", f"sha256:ab12ab12{'1' * 56}"]),
     "store_unusable": ("/home/usera/.local/share/enclos/images", errno.EACCES),
     "image_file_unusable": ("out.sqsh", errno.EEXIST),
     "auth_file_unusable": ("/home/usera/auth.json", "no such file or directory"),
