@@ -7,6 +7,7 @@ import io
 import json
 import os
 import shutil
+import subprocess
 import tarfile
 import time
 from collections.abc import Callable, Iterator
@@ -15,6 +16,7 @@ from pathlib import Path
 import pytest
 from conftest import Result, said
 from enclos.runtime.cluster.cluster import Cluster, Running
+from enclos.runtime.cluster.nodes import enter_command
 from faults import processes
 
 PORT = 5099
@@ -30,7 +32,7 @@ def registry(make_cluster: Callable[..., Cluster]) -> Iterator[Cluster]:
     cluster = make_cluster(2)
     shared = cluster.layout.shared
     (shared / "registry.yml").write_text(
-        "version: 0.1\nlog: {level: error}\nstorage: {filesystem: {rootdirectory: /shared/registry}}\n"
+        f"version: 0.1\nlog: {{level: error}}\nstorage: {{filesystem: {{rootdirectory: {shared}/registry}}}}\n"
         f"http: {{addr: 0.0.0.0:{PORT}}}\n"
     )
     # The machines' /etc is the cluster's own.
@@ -38,7 +40,9 @@ def registry(make_cluster: Callable[..., Cluster]) -> Iterator[Cluster]:
     for node in (None, "n1", "n2"):
         write = "mkdir -p /etc/containers/registries.conf.d; cat > /etc/containers/registries.conf.d/test.conf"
         assert cluster.run(write, node=node, input=places).returncode == 0
-    server = cluster.popen(["docker-registry", "serve", "/shared/registry.yml"], node="n2")
+    # This machine's program in the node's network: the roots of other releases of Slurm have none.
+    serve = [*enter_command(cluster.machine("n2"), ["--net"]), "docker-registry", "serve", str(shared / "registry.yml")]
+    server = subprocess.Popen(serve, stderr=subprocess.PIPE, text=True)
     make_layout(shared / "layout")
     command = ["skopeo", "copy", "-q", "--dest-tls-verify=false", "oci:/shared/layout:1", IMAGE]
     deadline = time.monotonic() + 20
@@ -49,7 +53,7 @@ def registry(make_cluster: Callable[..., Cluster]) -> Iterator[Cluster]:
     stop(server)
 
 
-def stop(running: Running) -> None:
+def stop(running: Running | subprocess.Popen[str]) -> None:
     running.terminate()
     running.communicate(timeout=20)
 
@@ -123,6 +127,7 @@ def await_cached(cluster: Cluster, timeout: float = 30) -> None:
         time.sleep(0.05)
 
 
+@pytest.mark.releases
 def test_the_image_is_there_before_the_first_step(fresh: Cluster) -> None:
     job = allocate(fresh, f"--container-image={IMAGE}")
     await_cached(fresh)
@@ -256,7 +261,7 @@ def finish(cluster: Cluster, job: str) -> str:
 
 
 @pytest.mark.parametrize(("script", "options"), [
-    (f"#!/bin/sh\n#SBATCH --container-image={IMAGE}\necho $FROM_IMAGE\n", []),
+    pytest.param(f"#!/bin/sh\n#SBATCH --container-image={IMAGE}\necho $FROM_IMAGE\n", [], marks=pytest.mark.releases),
     (f"#!/bin/sh\nIMAGE={IMAGE}\nsrun --container-image=$IMAGE sh -c 'echo $FROM_IMAGE'\n", []),
     (f"#!/bin/sh\nsrun --container-image={IMAGE} sh -c 'echo $FROM_IMAGE'\n", ["--array=1-2"]),
 ])  # fmt: skip
@@ -270,6 +275,20 @@ def test_a_pending_jobs_images(fresh: Cluster, script: str, options: list[str]) 
     assert pull(fresh, job).stderr.count("is here already") == 1
     assert set(finish(fresh, job).splitlines()) == {"yes"}
     assert cached(fresh) == []
+
+
+@pytest.mark.releases
+def test_sbatchs_own_option(fresh: Cluster, release: str) -> None:
+    """Slurm shows the command line after 24.11; before, only where it keeps accounts, which these clusters do not."""
+    shutil.rmtree(fresh.layout.homes / "usera/.local/share/enclos", ignore_errors=True)
+    job = submit(fresh, "#!/bin/sh\necho $FROM_IMAGE\n", f"--container-image={IMAGE}")
+    done = pull(fresh, job, "usera", "--json")
+    if release in ("22.05", "24.11"):
+        assert done.returncode == 1 and "it names no image" in done.stderr, done.stderr
+    else:
+        assert [image["source"] for image in json.loads(done.stdout)] == [IMAGE], done.stderr
+        assert finish(fresh, job) == "yes\n"
+        assert cached(fresh) == []
 
 
 def test_a_profile_names_an_image(fresh: Cluster) -> None:
