@@ -220,9 +220,8 @@ class Blob:
             return
 
     def _finish_zstd(self, process: subprocess.Popen[bytes]) -> None:
+        """As of gzip, what is behind the archive's end is read for its digest alone: unpacked it may be without end."""
         assert process.stdout is not None and self._feeder is not None
-        while os.read(process.stdout.fileno(), CHUNK):
-            pass
+        process.stdout.close()
         self._feeder.join()
-        if process.wait() != 0:
-            raise BadBlob("its zstd stream is damaged")
+        process.wait()

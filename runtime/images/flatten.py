@@ -368,7 +368,7 @@ class Merge:
     def _counted(self, reader: tar.Reader) -> Iterator[Member]:
         for member in reader:
             self._members += 1
-            self._bytes += member.size
+            self._bytes += max(member.size, member.stored) + member.described
             if self._members > self._limits.members:
                 raise TooLarge(f"more than {self._limits.members} files")
             if self._bytes > self._limits.bytes:

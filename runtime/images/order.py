@@ -9,7 +9,7 @@ from enclos.runtime.protocol import Message
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """Of what one merge may read: members of all kinds, and bytes of files, holes included."""
+    """Of what one merge may read: members of all kinds; bytes of files, with holes, and of what describes them."""
 
     members: int
     bytes: int

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 BLOCK = 512
 CHUNK = 1 << 18
 EXTENSION_LIMIT = 1 << 20
+EXTENSIONS_LIMIT = 16  # Extension headers of one member; programs write four at most.
 SPARSE_LIMIT = 1 << 16
 XATTR = b"SCHILY.xattr."
 
@@ -47,7 +48,8 @@ class BadArchive(ValueError):
 class Member:
     """One member; `size` is that of the file with its holes, in bytes; `mtime` in whole seconds.
 
-    `holes` is the map of a sparse file: (offset, length) of its data, in order; None for a plain file.
+    `stored` is how many bytes the archive has of it, `described` how many of its extension headers and global ones that
+    hold for it. `holes` is the map of a sparse file: (offset, length) of its data, in order; None for a plain file.
     """
 
     name: bytes
@@ -58,6 +60,7 @@ class Member:
     target: bytes = b""
     xattrs: dict[bytes, bytes] = field(default_factory=dict)
     stored: int = 0
+    described: int = 0
     holes: list[tuple[int, int]] | None = None
 
 
@@ -70,6 +73,8 @@ class Reader:
         self._left = 0
         self._padding = 0
         self._globals: dict[bytes, bytes] = {}
+        self._globals_bytes = 0
+        self._described = 0
         self.position = 0
 
     def __iter__(self) -> Iterator[Member]:
@@ -126,11 +131,12 @@ class Reader:
 
     def _content(self, size: int) -> bytes:
         """The data of an extension header."""
-        if size > EXTENSION_LIMIT:
+        if not 0 <= size <= EXTENSION_LIMIT:
             raise BadArchive(f"an extension header of {size} bytes")
         data = self._exactly(size + -size % BLOCK)[:size]
         if len(data) < size:
             raise BadArchive(f"it ends in the middle of a header, at byte {self.position}")
+        self._described += size
         return data
 
     # --- headers ----------------------------------------------------------------------------------------------
@@ -138,7 +144,8 @@ class Reader:
     def _next(self) -> Member | None:
         self._skip()
         records: dict[bytes, bytes] = dict(self._globals)
-        while True:
+        self._described = self._globals_bytes
+        for _ in range(EXTENSIONS_LIMIT + 1):
             block = self._exactly(BLOCK)
             # The end: none, or blocks of zeros. What follows these is not looked at, as tar does.
             if not block or (len(block) == BLOCK and not block.strip(b"\0")):
@@ -149,6 +156,7 @@ class Reader:
                 records.update(_pax(self._content(_number(fields[4]))))
             elif kind == b"g":
                 self._globals.update(_pax(self._content(_number(fields[4]))))
+                self._globals_bytes = sum(len(key) + len(value) for key, value in self._globals.items())
                 records.update(self._globals)
             elif kind == b"L":
                 records[b"path"] = self._content(_number(fields[4])).rstrip(b"\0")
@@ -156,6 +164,7 @@ class Reader:
                 records[b"linkpath"] = self._content(_number(fields[4])).rstrip(b"\0")
             else:
                 return self._member(block, fields, records)
+        raise BadArchive(f"more than {EXTENSIONS_LIMIT} extension headers before a member, at byte {self.position}")
 
     def _header(self, block: bytes) -> tuple[bytes, ...]:
         if len(block) < BLOCK:
@@ -191,7 +200,8 @@ class Reader:
         if size < 0:
             raise BadArchive(f"a file of {size} bytes ({_shown(name)})")
         mtime = _decimal(records[b"mtime"]) if b"mtime" in records else _number(fields[5])
-        member = Member(name, kind, size, _number(fields[1]) & 0o7777, mtime, target, _xattrs(records), size)
+        mode, xattrs = _number(fields[1]) & 0o7777, _xattrs(records)
+        member = Member(name, kind, size, mode, mtime, target, xattrs, size, self._described)
         self._left, self._padding = size, -size % BLOCK
         if fields[7] == b"S":
             self._old_sparse(member, block)
@@ -207,8 +217,9 @@ class Reader:
         real = _number(block[483:495])
         while more:
             extension = self._exactly(BLOCK)
-            if len(extension) < BLOCK or len(pieces) > SPARSE_LIMIT:
+            if len(extension) < BLOCK or not extension[0] or len(pieces) > SPARSE_LIMIT:
                 raise BadArchive("a sparse file whose map does not end")
+            member.described += BLOCK
             pieces += _pieces(extension[:504])
             more = extension[504]
         self._sparse(member, pieces, real)
@@ -233,7 +244,7 @@ class Reader:
         lines: list[bytes] = []
         text = b""
         while not lines or len(lines) <= 2 * _decimal(lines[0]):
-            if self._left < BLOCK or len(lines) > 2 * SPARSE_LIMIT:
+            if self._left < BLOCK or len(lines) > 2 * SPARSE_LIMIT or len(text) > BLOCK:
                 raise BadArchive("a sparse file whose map does not end")
             self._left -= BLOCK
             *found, text = (text + self._exactly(BLOCK)).split(b"\n")

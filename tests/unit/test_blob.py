@@ -6,6 +6,8 @@ import contextlib
 import gzip
 import hashlib
 import os
+import resource
+import subprocess
 import threading
 import time
 import zlib
@@ -138,3 +140,16 @@ def test_a_blob_that_is_still_being_written(tmp_path: Path, compressed: bool) ->
         opened.close()
         writer.join()
     assert found == text
+
+
+def test_what_is_behind_an_archives_end_is_not_unpacked() -> None:
+    """A terabyte in a megabyte; it is read all the same, for the digest."""
+    zeros = subprocess.run(["zstd", "-q1", "-c"], input=bytes(1 << 28), capture_output=True, check=True).stdout
+    data = zeros * 4096
+    fd = os.memfd_create("blob")
+    os.write(fd, data)
+    opened = Blob(fd, f"sha256:{hashlib.sha256(data).hexdigest()}")
+    before = resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime
+    assert opened.read(512) == bytes(512)
+    opened.finish()
+    assert resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime - before < 5  # Seconds of zstd.
