@@ -14,7 +14,7 @@ mandir ?= $(prefix)/share/man
 libdir := $(prefix)/lib/enclos
 
 SPANK_SOURCES := $(wildcard spank/*.c spank/*.h spank/*.lds spank/Makefile)
-LINUX_SOURCES := $(wildcard runtime/linux/*.c runtime/linux/*.h) runtime/linux/build.py
+CFFI_SOURCES := $(wildcard runtime/linux/*.[ch] runtime/linux/build.py runtime/squash/*.[ch] runtime/squash/build.py)
 MYPY_ROOT := build/mypy
 RELEASES ?= 24.11 26.05
 # Also: exclusive, the newest with RDMA devices that move. Not yet part of every run: it has to be timed first.
@@ -23,7 +23,7 @@ GUESTS ?= new 6.1
 .DELETE_ON_ERROR:
 .PHONY: all help deps demo test test-here test-unit test-kernel test-cluster test-releases test-vm test-vm-all lint bench install clean
 
-all: deps build/.venv-stamp build/.linux-stamp $(SHIM) ## build everything: packages, virtual environment, plugin
+all: deps build/.venv-stamp build/.cffi-stamp $(SHIM) ## build everything: packages, virtual environment, plugin
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -36,10 +36,10 @@ build/.venv-stamp: pyproject.toml setup.py | deps
 	@mkdir -p build
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[test,bench,fast]'
-	@touch $@ build/.linux-stamp
+	@touch $@ build/.cffi-stamp
 
-# The cffi module with the system calls that Python lacks; the first time pip has built it.
-build/.linux-stamp: $(LINUX_SOURCES) | build/.venv-stamp
+# The cffi modules: the system calls that Python lacks, and libsquashfs; the first time pip has built them.
+build/.cffi-stamp: $(CFFI_SOURCES) | build/.venv-stamp
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --editable .
 	@touch $@
 
@@ -134,4 +134,4 @@ install: $(INSTALLED) ## install for a site: DESTDIR=, prefix=/usr/local, syscon
 	@test '$(PLUGIN)' = no || echo 'plugstack.conf: required $(libdir)/spank_enclos.so'
 
 clean: ## remove what was built; the virtual environment stays
-	rm -rf build runtime/linux/_linux*.so runtime/linux/_linux.c *.egg-info
+	rm -rf build runtime/linux/_linux*.so runtime/linux/_linux.c runtime/squash/_squash*.so runtime/squash/_squash.c *.egg-info

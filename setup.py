@@ -1,4 +1,4 @@
-"""Packages Enclos: two Python packages mapped onto the folders `runtime/` and `netns/`, and the cffi module.
+"""Packages Enclos: two Python packages mapped onto the folders `runtime/` and `netns/`, and the cffi modules.
 
 The Slurm plugin is built by `spank/Makefile`, because it has to be compiled against the
 Slurm that will load it, not against the Python that installs this package.
@@ -16,6 +16,7 @@ PACKAGES = {
     "enclos.runtime.images": "runtime/images",
     "enclos.runtime.linux": "runtime/linux",
     "enclos.runtime.operations": "runtime/operations",
+    "enclos.runtime.squash": "runtime/squash",
     "enclos.netns": "netns",
 }
 
@@ -23,5 +24,5 @@ setup(
     packages=list(PACKAGES),
     package_dir=PACKAGES,
     package_data={"enclos.runtime.cluster": ["*.c"]},
-    cffi_modules=["runtime/linux/build.py:ffibuilder"],
+    cffi_modules=["runtime/linux/build.py:ffibuilder", "runtime/squash/build.py:ffibuilder"],
 )

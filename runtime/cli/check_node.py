@@ -10,7 +10,7 @@ import shutil
 import socket
 from collections.abc import Iterator
 
-from enclos.runtime import config, presence
+from enclos.runtime import config, presence, squash
 from enclos.runtime.cli import check_devices, client
 from enclos.runtime.cli.finding import Finding, mend, note, ok, skipped
 from enclos.runtime.errors import EnclosError
@@ -96,9 +96,18 @@ def image_findings(settings: Config) -> Iterator[Finding]:
         hint = "give it to root, and let nobody else write to it"
         what = f"{site} is not root's alone"
         yield ok("images.site_store", site) if closed else mend("images.site_store", what, hint)
-    for program, what in (("skopeo", "skopeo"), ("tar2sqfs", "squashfs-tools-ng"), ("zstd", "zstd")):
+    if squash.missing:
+        hint = "install libsquashfs (squashfs-tools-ng): images of registries need it"
+        yield note("libsquashfs", squash.missing, hint)
+    else:
+        yield ok("libsquashfs", squash.LIBRARY)
+    for program, what, who in (
+        ("skopeo", "skopeo", "images of registries need it"),
+        ("zstd", "zstd", "images of registries need it"),
+        ("tar2sqfs", "squashfs-tools-ng", "--container-save needs it"),
+    ):
         found = shutil.which(program)
-        hint = f"install {what}: images of registries need it"
+        hint = f"install {what}: {who}"
         yield ok(program, found) if found else note(program, "not installed", hint)
     wanted = settings.images.user_files == "fuse"
     try:

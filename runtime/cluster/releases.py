@@ -76,6 +76,7 @@ cd "$checkout"
 cp -r setup.py pyproject.toml README.md enclos runtime netns "$copy"
 # Those of the machine's own Python and libc.
 rm -f "$copy"/runtime/linux/_linux*.so "$copy"/runtime/linux/_linux.c
+rm -f "$copy"/runtime/squash/_squash*.so "$copy"/runtime/squash/_squash.c
 "$build/venv/bin/python3" -m pip install --quiet --no-index --no-deps --no-build-isolation --force-reinstall "$copy"
 "$build/venv/bin/python3" -m pip check > /dev/null
 rm -rf "$copy"
@@ -217,7 +218,7 @@ def _sources_digest(checkout: Path) -> str:
     for folder in ("enclos", "runtime", "netns"):
         files += [path for path in (checkout / folder).rglob("*") if path.suffix in (".py", ".c", ".h")]
     for path in sorted(files):
-        if path.name != "_linux.c":
+        if path.name not in ("_linux.c", "_squash.c"):
             digest.update(f"{path.relative_to(checkout)}\0".encode() + path.read_bytes())
     return digest.hexdigest()
 

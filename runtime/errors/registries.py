@@ -188,8 +188,9 @@ def import_timed_out(reference: str, seconds: int) -> EnclosError:
 
 
 def program_missing(name: str) -> EnclosError:
-    """A program that imports need is not installed."""
-    return AdminError("images", f"the program {name} is not installed", hint=f"{ADMIN}install it; see 'enclos check'")
+    """A program or library that imports need is not installed."""
+    what = "library" if ".so" in name else "program"
+    return AdminError("images", f"the {what} {name} is not installed", hint=f"{ADMIN}install it; see 'enclos check'")
 
 
 def job_unknown(job: str) -> EnclosError:

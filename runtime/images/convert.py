@@ -1,37 +1,36 @@
-"""From layers to one squashfs file: the merged stream goes straight into tar2sqfs.
+"""From layers to one squashfs file: what the merge makes of them goes straight into it.
 
 Runs in the importer, without network and rights, on bytes that a user chose.
 """
 
 from __future__ import annotations
 
-import fcntl
 import os
-import re
-import subprocess
-import tempfile
+import stat
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import BinaryIO
 
+from enclos.runtime import squash
 from enclos.runtime.images import tar
 from enclos.runtime.images.blob import Blob
-from enclos.runtime.images.flatten import BadLayer, Merge, Repeat
+from enclos.runtime.images.flatten import BadLayer, Merge, Output, Repeat
 from enclos.runtime.images.order import Limits, Packing
+from enclos.runtime.images.tar import Member
 
-END_OF_ARCHIVE = bytes(2 * tar.BLOCK)
-BUFFER_BYTES = 1 << 18
-PIPE_BYTES = 1 << 20  # What everybody may have (/proc/sys/fs/pipe-max-size).
-STDERR_LIMIT = 4096
-# Compressing threads of one tar2sqfs. As many as a large node has processors would be beyond a sandbox's processes, and
-# each keeps blocks in memory; these keep up with one stream that is decompressed.
+# Compressing threads of one converter. As many as a large node has processors would be beyond a sandbox's processes,
+# and each keeps blocks in memory; these keep up with one stream that is decompressed.
 COMPRESSORS = 8
-# What tar2sqfs says of members that are there twice, below a file, or links to nothing: see flatten.py.
-_CONFLICT = re.compile("File exists|Not a directory|^Resolving hard link")
+TYPES = {
+    tar.FILE: stat.S_IFREG,
+    tar.DIRECTORY: stat.S_IFDIR,
+    tar.SYMLINK: stat.S_IFLNK,
+    tar.FIFO: stat.S_IFIFO,
+    tar.CHARACTER: stat.S_IFCHR,
+}
 
 
 class PackFailed(OSError):
-    """tar2sqfs could not write the file; the message has its words."""
+    """The squashfs file could not be written; the message has libsquashfs' words."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,6 +73,21 @@ class _Blobs:
             self._open.pop().close()
 
 
+class _Squashfs:
+    """Where a merge writes to (flatten.Output)."""
+
+    def __init__(self, writer: squash.Writer) -> None:
+        self._writer = writer
+        self.write = writer.write
+
+    def put(self, member: Member) -> None:
+        if member.kind == tar.LINK:
+            self._writer.link(member.name, member.target)
+        else:
+            mode = TYPES[member.kind] | member.mode
+            self._writer.add(member.name, mode, member.mtime, member.target, member.size, member.xattrs)
+
+
 def pack(layers: Sequence[Layer], lowest: bool, limits: Limits, packing: Packing, path: str) -> None:
     """Write the squashfs file of some adjacent layers.
 
@@ -83,68 +97,36 @@ def pack(layers: Sequence[Layer], lowest: bool, limits: Limits, packing: Packing
 
     Raises:
         BadArchive, BadLayer, BadBlob, TooLarge: the layers; NeedsBase: they need those below;
-        PackFailed: tar2sqfs; FileNotFoundError: it is not installed.
+        PackFailed: the file cannot be written; FileNotFoundError: zstd is not installed; MemoryError.
     """
     blobs = _Blobs(layers)
     merge = Merge(blobs.openers(), lowest, limits)
     try:
         try:
             _into_squashfs(merge.write, blobs, packing, path)
-        except (Repeat, PackFailed) as error:
-            if isinstance(error, PackFailed) and not _CONFLICT.search(str(error)):
-                raise
+        except (Repeat, squash.Conflict):
             blobs.close()
             _into_squashfs(merge.write_twice, blobs, packing, path)
     except (tar.BadArchive, BadLayer):
         blobs.finish()  # A blob that is not the one that was meant is the better answer.
         raise
+    except (squash.SquashError, squash.Conflict) as error:
+        raise PackFailed(str(error)) from error
     finally:
         blobs.close()
 
 
-def _into_squashfs(produce: Callable[[tar.Write], None], blobs: _Blobs, packing: Packing, path: str) -> None:
-    with tempfile.TemporaryFile() as messages:
-        command = _command(packing, path)
-        process = subprocess.Popen(command, stdin=subprocess.PIPE, stderr=messages, pass_fds=_fd_of(path))
-        assert process.stdin is not None
-        # As shipped a pipe holds a quarter of what is written at a time.
-        fcntl.fcntl(process.stdin, fcntl.F_SETPIPE_SZ, PIPE_BYTES)
-        try:
-            with open(process.stdin.fileno(), "wb", BUFFER_BYTES, closefd=False) as stream:
-                produce(stream.write)
-                blobs.finish()
-                stream.write(END_OF_ARCHIVE)
-            process.stdin.close()
-        except BrokenPipeError:
-            process.wait()
-            raise _failure(process, messages) from None
-        except BaseException:
-            process.kill()
-            process.wait()
-            raise
-        if process.wait() != 0:
-            raise _failure(process, messages)
+def _into_squashfs(produce: Callable[[Output], None], blobs: _Blobs, packing: Packing, path: str) -> None:
+    workers = compressors()
+    with squash.Writer(path, packing.compression, packing.level, packing.block_bytes, workers) as writer:
+        produce(_Squashfs(writer))
+        blobs.finish()
+        writer.finish()
 
 
-def _command(packing: Packing, path: str) -> list[str]:
-    level = ["-X", f"level={packing.level}"] if packing.level and packing.compression in ("zstd", "gzip") else []
-    jobs = str(min(len(os.sched_getaffinity(0)), COMPRESSORS))
-    form = ["-c", packing.compression, *level, "-b", str(packing.block_bytes)]
-    return ["tar2sqfs", "-q", "-s", "-f", "-j", jobs, *form, path]
-
-
-def _fd_of(path: str) -> tuple[int, ...]:
-    """The descriptor that tar2sqfs has to inherit, where the output is one."""
-    return (int(path.rpartition("/")[2]),) if path.startswith("/proc/self/fd/") else ()
-
-
-def _failure(process: subprocess.Popen[bytes], messages: BinaryIO) -> PackFailed:
-    messages.seek(0)
-    text = messages.read(STDERR_LIMIT).decode("utf-8", "replace").strip()
-    lines = text.splitlines()
-    if process.returncode < 0:
-        return PackFailed(f"tar2sqfs was ended by signal {-process.returncode}")
-    return PackFailed(lines[-1] if lines else f"tar2sqfs ended with {process.returncode}")
+def compressors() -> int:
+    """Compressing threads of one converter."""
+    return min(len(os.sched_getaffinity(0)), COMPRESSORS)
 
 
 def open_path(path: str) -> Callable[[], int]:

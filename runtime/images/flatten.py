@@ -3,8 +3,8 @@
 `Tree` is the file tree that the layers make, names only, with the rules by which umoci unpacks them: what replaces
 what, whiteouts, opaque directories, hard links, parents that are symlinks. Layers are read once to build it, and once
 more for the data of what survives; what is written is forgotten. A single layer, the usual case, is read just once:
-nothing in it replaces anything. Its files are not even remembered, because tar2sqfs refuses what comes a second time.
-If something does after all, `Repeat` says so, or tar2sqfs fails, and the two passes are made.
+nothing in it replaces anything. Its files are not even remembered, because the output refuses what comes a second time.
+If something does after all, `Repeat` or the output says so, and the two passes are made.
 
 Not the lowest layers of an image: then what they delete below themselves is handed on to the overlay. A layer that
 cannot be understood without those below (a parent directory or the target of a hard link is only there) raises
@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import stat
 from collections.abc import Callable, Iterator, Sequence
+from typing import Protocol
 
 from enclos.runtime.images import tar
 from enclos.runtime.images.order import Limits
@@ -35,6 +36,14 @@ LINKS_LIMIT = 255
 LAST_TIME = 2**32 - 1
 
 Open = Callable[[], tar.Reader]
+
+
+class Output(Protocol):
+    """Where members go; hard links after what they name. `write` has to follow for the data of a file with a size."""
+
+    def put(self, member: Member) -> None: ...
+
+    def write(self, data: bytes) -> None: ...
 
 
 class BadLayer(ValueError):
@@ -337,7 +346,7 @@ class Merge:
         self._bytes = 0
         self.written = 0
 
-    def write(self, write: tar.Write) -> None:
+    def write(self, out: Output) -> None:
         """Write the merged members, without an end of archive.
 
         Raises:
@@ -345,11 +354,11 @@ class Merge:
             Repeat: call `write_twice` with another output.
         """
         if len(self._layers) == 1:
-            self._write_once(write)
+            self._write_once(out)
         else:
-            self.write_twice(write)
+            self.write_twice(out)
 
-    def write_twice(self, write: tar.Write) -> None:
+    def write_twice(self, out: Output) -> None:
         """One pass for the names, one for the data of what is left of them."""
         self._members = self._bytes = 0
         tree = Tree(self._lowest)
@@ -362,8 +371,8 @@ class Merge:
         for layer, open_layer in enumerate(self._layers):
             reader = open_layer()
             for number, member in enumerate(self._counted(reader), layer << LAYER_BITS):
-                self._write_survivor(tree, names, reader, number, member, write)
-        self._write_rest(tree, write, {})
+                self._write_survivor(tree, names, reader, number, member, out)
+        self._write_rest(tree, out, {})
 
     def _counted(self, reader: tar.Reader) -> Iterator[Member]:
         for member in reader:
@@ -375,7 +384,7 @@ class Merge:
                 raise TooLarge(f"more than {self._limits.bytes} bytes unpacked")
             yield member
 
-    def _write_once(self, write: tar.Write) -> None:
+    def _write_once(self, out: Output) -> None:
         tree = Tree(self._lowest, files=False)
         reader = self._layers[0]()
         directories: dict[int, Member] = {}
@@ -394,16 +403,16 @@ class Merge:
                     raise Repeat
                 found = tree.find(path)
                 if isinstance(found, Directory) and found.entry == number:
-                    self._put(write, _directory(path, found, member))
+                    out.put(_directory(path, found, member))
                     found.entry = WRITTEN
             elif path and member.kind == tar.LINK:
                 target = b"/".join(split(member.target))
                 if not isinstance(tree.find(target.rpartition(b"/")[0]), Directory):
                     raise Repeat  # Its parents are symlinks.
-                self._put(write, Member(path, tar.LINK, target=target))
+                out.put(Member(path, tar.LINK, target=target))
             elif path and member.kind in (tar.FILE, tar.SYMLINK, tar.FIFO):
-                self._write_member(reader, path, member, write)
-        self._write_rest(tree, write, directories)
+                self._write_member(reader, path, member, out)
+        self._write_rest(tree, out, directories)
 
     def _write_survivor(
         self,
@@ -412,7 +421,7 @@ class Merge:
         reader: tar.Reader,
         number: int,
         member: Member,
-        write: tar.Write,
+        out: Output,
     ) -> None:
         if member.kind not in (tar.FILE, tar.SYMLINK, tar.FIFO, tar.DIRECTORY):
             return
@@ -429,45 +438,41 @@ class Merge:
         if member.kind == tar.DIRECTORY:
             found = tree.find(paths[0])
             assert isinstance(found, Directory)
-            self._put(write, _directory(paths[0], found, member))
+            out.put(_directory(paths[0], found, member))
             found.entry = WRITTEN
             if not found.children:
                 tree.forget(paths[0])
             return
-        self._write_member(reader, paths[0], member, write)
+        self._write_member(reader, paths[0], member, out)
         for other in paths[1:]:
-            self._put(write, Member(other, tar.LINK, target=paths[0]))
+            out.put(Member(other, tar.LINK, target=paths[0]))
         if number not in tree.linked:
             tree.forget(paths[0])
 
-    def _write_member(self, reader: tar.Reader, path: bytes, member: Member, write: tar.Write) -> None:
+    def _write_member(self, reader: tar.Reader, path: bytes, member: Member, out: Output) -> None:
         size = member.size if member.kind == tar.FILE else 0
         xattrs = _xattrs(member) if member.kind == tar.FILE else {}
         mode = stat.S_IMODE(member.mode) & 0o1777
         target = member.target if member.kind == tar.SYMLINK else b""
-        self._put(write, Member(path, member.kind, size, mode, _time(member), target, xattrs))
+        out.put(Member(path, member.kind, size, mode, _time(member), target, xattrs))
         if size:
-            reader.copy(member, write)
-            write(tar.padding(size))
+            reader.copy(member, out.write)
             self.written += size
 
-    def _write_rest(self, tree: Tree, write: tar.Write, directories: dict[int, Member]) -> None:
+    def _write_rest(self, tree: Tree, out: Output, directories: dict[int, Member]) -> None:
         """Whiteouts, and directories that no second pass writes: all of one pass, else those that nobody described."""
         root = directories.get(tree.root.entry)
         if root is not None:
-            self._put(write, _directory(b".", tree.root, root))
+            out.put(_directory(b".", tree.root, root))
         elif tree.root.entry == WHITEOUT:
-            self._put(write, Member(b".", tar.DIRECTORY, mode=0o755))
+            out.put(Member(b".", tar.DIRECTORY, mode=0o755))
         for path, found in tree.walk():
             if isinstance(found, Directory):
                 member = directories.get(found.entry)
                 if member is not None or found.entry == WHITEOUT:
-                    self._put(write, _directory(path, found, member))
+                    out.put(_directory(path, found, member))
             elif found == WHITEOUT:
-                self._put(write, Member(path, tar.CHARACTER, mode=0))
-
-    def _put(self, write: tar.Write, member: Member) -> None:
-        write(tar.header(member))
+                out.put(Member(path, tar.CHARACTER, mode=0))
 
 
 def _names_of_linked(tree: Tree) -> dict[int, list[bytes]]:

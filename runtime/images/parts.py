@@ -253,7 +253,7 @@ def job_convert(order: Order, layers: Sequence[Layer], lowest: bool, output_fd: 
 
 
 def _why_it_stops(fd: int) -> int:
-    """What the kernel says to more bytes of a file, 0 if it takes them: tar2sqfs only says "I/O error"."""
+    """What the kernel says to more bytes of a file, 0 if it takes them: libsquashfs only says "I/O error"."""
     more, end = bytes(1 << 20), os.fstat(fd).st_size
     try:
         if (written := os.pwrite(fd, more, end)) < len(more):

@@ -1,4 +1,4 @@
-"""Tar archives as streams: members of a layer one after the other, and the members that tar2sqfs is given.
+"""Tar archives as streams: members of a layer one after the other, and those of a saved container for tar2sqfs.
 
 Reads what layers are made of: ustar, GNU (long names, sparse files, base-256 numbers) and PAX (long names, sizes,
 times, xattrs, sparse files). An archive may end without the two blocks of zeros at a member's border, as of umoci.

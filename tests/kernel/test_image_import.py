@@ -715,7 +715,7 @@ def test_the_last_layer_is_converted_while_it_arrives(store: Store, tmp_path: Pa
                 assert running.receive()["state"] == ["resolved"]
                 running.go()
                 deadline = time.monotonic() + 30
-                while not any("tar2sqfs" in status["Name"] for _, status in below(running.process.pid)):
+                while not any(status["Name"] == "enclos-convert" for _, status in below(running.process.pid)):
                     assert time.monotonic() < deadline, "no converter began before the layer was there"
                     time.sleep(0.01)
                 converting.set()

@@ -11,7 +11,6 @@ import pytest
 from enclos.runtime.images import convert, fetch, parts
 from enclos.runtime.images.cache import Cache
 from enclos.runtime.images.layout import UNFINISHED, ImageRecord, Part, Store, hex_of
-from enclos.runtime.images.order import Packing
 from enclos.runtime.images.sandbox import Rights
 
 DIGEST = "sha256:" + "ab" * 32
@@ -126,7 +125,6 @@ def test_room_is_made_for_what_comes(tmp_path: Path) -> None:
 def test_a_node_with_hundreds_of_processors(monkeypatch: pytest.MonkeyPatch) -> None:
     """All converters of an import and skopeo share the processes that a sandbox's user may have."""
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(256)))
-    command = convert._command(Packing("zstd", 1, 131072), "/out")
-    threads = int(command[command.index("-j") + 1]) + 4  # With its main thread, and the converter's three.
+    threads = convert.compressors() + 4  # With its main thread, the one that decompresses, zstd, and one to spare.
     started = fetch._start(["sh", "-c", "echo $GOMAXPROCS"], subprocess.PIPE).communicate()[0]
     assert threads * parts.CONVERTERS + 8 * int(started) < Rights(0, True, 0, 0).processes

@@ -1,0 +1,140 @@
+"""Squashfs files of runtime/squash, as the kernel shows them."""
+
+from __future__ import annotations
+
+import os
+import random
+import resource
+import stat
+import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+from children import in_child
+from enclos.runtime.squash import Conflict, SquashError, Writer
+
+pytestmark = pytest.mark.kernel
+
+BLOCK = 131072
+FILE, DIRECTORY, SYMLINK = stat.S_IFREG | 0o640, stat.S_IFDIR | 0o711, stat.S_IFLNK | 0o777
+
+
+@contextmanager
+def mounted(path: Path, target: Path) -> Iterator[Path]:
+    target.mkdir()
+    subprocess.run(["mount", "-t", "squashfs", "-o", "loop,ro", str(path), str(target)], check=True)
+    try:
+        yield target
+    finally:
+        subprocess.run(["umount", str(target)], check=True)
+
+
+def writer(path: Path, compression: str = "zstd", workers: int = 2) -> Writer:
+    return Writer(str(path), compression, 0, BLOCK, workers)
+
+
+@pytest.mark.parametrize("compression", ["zstd", "gzip", "xz", "lz4"])
+def test_data_of_every_size(tmp_path: Path, compression: str) -> None:
+    """More files than are pending at a time; whole blocks, ends, holes, the same data again."""
+    noise = random.Random(7).randbytes(3 * BLOCK)
+    sizes = [0, 1, BLOCK - 1, BLOCK, BLOCK + 1, 3 * BLOCK, *(number % 977 for number in range(2500))]
+    data = {b"d/%d" % number: noise[:size] for number, size in enumerate(sizes)}
+    data[b"hole"] = bytes(5 * BLOCK + 3)
+    data[b"hole at the end"] = noise[:BLOCK] + bytes(2 * BLOCK)
+    with writer(tmp_path / "out", compression) as out:
+        for name, content in data.items():
+            out.add(name, FILE, 1, size=len(content))
+            for at in range(0, len(content), 100_000):
+                out.write(content[at : at + 100_000])
+        out.finish()
+    with mounted(tmp_path / "out", tmp_path / "mnt") as root:
+        found = {
+            os.path.relpath(os.path.join(folder, name), root).encode(): Path(folder, name).read_bytes()
+            for folder, _, names in os.walk(root)
+            for name in names
+        }
+    assert found == data
+
+
+@pytest.mark.vm
+def test_kinds_links_and_attributes(tmp_path: Path) -> None:
+    with writer(tmp_path / "out") as out:
+        out.add(b"implied/deep/file", FILE, 5, size=3, xattrs={b"user.a": b"1", b"user.empty": b""})
+        out.write(b"abc")
+        out.add(b"implied/deep", DIRECTORY, 6, xattrs={b"user.d": b"2"})
+        out.link(b"also", b"implied/deep/file")
+        out.link(b"again", b"also")
+        out.add(b"symlink", SYMLINK, 7, b"implied/deep")
+        out.link(b"symlink too", b"symlink")
+        out.add(b"fifo", stat.S_IFIFO | 0o600, 8)
+        out.link(b"fifo too", b"fifo")
+        out.add(b"gone", stat.S_IFCHR, 2**32 - 1)
+        out.add(b".", stat.S_IFDIR | 0o1755, 9)
+        out.add("ü\udcff".encode("utf-8", "surrogateescape"), FILE, 0)
+        out.finish()
+    with mounted(tmp_path / "out", tmp_path / "mnt") as root:
+        names = ["again", "also", "fifo", "fifo too", "gone", "implied", "symlink", "symlink too", "ü\udcff"]
+        assert sorted(os.listdir(root)) == names
+        file = root / "implied/deep/file"
+        assert {(root / name).lstat().st_ino for name in ("also", "again")} == {file.lstat().st_ino}
+        assert [(root / name).lstat().st_nlink for name in ("also", "symlink", "fifo", "gone")] == [3, 2, 2, 1]
+        assert (root / "also").read_bytes() == b"abc"
+        assert os.readlink(root / "symlink too") == "implied/deep"
+        assert {name: os.getxattr(file, name) for name in os.listxattr(file)} == {"user.a": b"1", "user.empty": b""}
+        assert os.getxattr(root / "implied/deep", "user.d") == b"2"
+        shown = [(root / name).lstat() for name in (".", "implied", "implied/deep", "also", "symlink", "fifo", "gone")]
+        assert [status.st_mtime for status in shown] == [9, 0, 6, 5, 7, 8, 2**32 - 1]
+        modes = [0o41755, 0o40755, DIRECTORY, FILE, SYMLINK, stat.S_IFIFO | 0o600, stat.S_IFCHR]
+        assert [status.st_mode for status in shown] == modes
+        assert {(status.st_uid, status.st_gid, status.st_rdev) for status in shown} == {(0, 0, 0)}
+        assert [status.st_nlink for status in shown[:3]] == [3, 3, 2]
+
+
+def test_what_is_there_already(tmp_path: Path) -> None:
+    with writer(tmp_path / "out") as out:
+        out.add(b"d", DIRECTORY, 0)
+        out.add(b"f", FILE, 0)
+        for name, mode in ((b"d", FILE), (b"f", FILE), (b"f", DIRECTORY), (b"f/x", FILE)):
+            with pytest.raises(Conflict):
+                out.add(name, mode, 0)
+        for name, target in ((b"l", b"d"), (b"l", b"none"), (b"l", b"none/f"), (b"l", b"l"), (b"f", b"f")):
+            with pytest.raises(Conflict):
+                out.link(name, target)
+        for name in (b"", b"/f", b"d/", b"d//f", b"x" * 256, b"a\0b"):
+            with pytest.raises((SquashError, Conflict)):
+                out.add(name, FILE, 0)
+        out.finish()
+    with mounted(tmp_path / "out", tmp_path / "mnt") as root:
+        assert sorted(os.listdir(root)) == ["d", "f"]
+        assert os.listdir(root / "d") == []
+
+
+@pytest.mark.parametrize("place", ["/proc/self/fd/999", "/nowhere/out", "/dev/full"])
+def test_a_file_that_cannot_be_written(place: str) -> None:
+    with pytest.raises(SquashError), Writer(place, "zstd", 0, BLOCK, 1) as out:
+        out.finish()
+
+
+COUNT = 300_000
+
+
+def test_memory_and_time_of_a_directory_with_many_files(tmp_path: Path) -> None:
+    """tar2sqfs takes minutes for it, and three times the memory."""
+
+    def fill() -> int:
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        numbers = random.Random(1).sample(range(COUNT), COUNT)
+        ready = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
+        with writer(tmp_path / "out") as out:
+            for number in numbers:
+                out.add(b"d/file%06d" % number, FILE, 0)
+            out.finish()
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before - ready
+
+    grown_kb = in_child(fill)
+    # 28 bytes and a name of 11, 4 to 12 in the hash table, 16 and the library's list while it is written.
+    assert grown_kb * 1024 < 130 * COUNT
+    with mounted(tmp_path / "out", tmp_path / "mnt") as root:
+        assert sorted(os.listdir(root / "d")) == [f"file{number:06d}" for number in range(COUNT)]
