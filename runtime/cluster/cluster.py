@@ -214,8 +214,15 @@ class Cluster:
         """
         slurmctld = self._daemon("slurmctld")
         log = self.layout.log(SUBMIT, "slurmctld")
-        wanted = ["idle"] * self.record.nodes
-        daemons.await_ready(lambda: self._states() == wanted, slurmctld, log, "a node")
+        daemons.await_ready(self._are_idle, slurmctld, log, "a node")
+
+    def _are_idle(self) -> bool:
+        """Whether all nodes can take jobs; DaemonFailed when one's slurmd has ended, which slurmctld never hears of."""
+        for node in self.nodes:
+            if not self.runs(f"{node}.slurmd"):
+                tail = daemons.log_tail(self.layout.log(node, "slurmd"))
+                raise daemons.DaemonFailed(f"slurmd on {node} ended while starting: {tail}")
+        return self._states() == ["idle"] * self.record.nodes
 
     def _states(self) -> list[str]:
         return self.run(["sinfo", "-h", "-N", "-o", "%T"], timeout=20).stdout.split()

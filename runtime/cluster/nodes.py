@@ -109,7 +109,9 @@ umount -l /
 """
 
 # What every machine has for itself. A sysfs mounted in the network namespace shows that namespace's devices,
-# but hides /sys/fs/cgroup, without which slurmd does not start: that one is carried over.
+# but hides /sys/fs/cgroup, without which slurmd does not start: that one is carried over. No other may stay below:
+# slurmd 24.11 takes the first of that path in mountinfo for its own, and ends where that belongs to another cgroup
+# namespace (src/plugins/cgroup/v2/cgroup_v2.c, _get_root_mount_mountinfo).
 OWN_MOUNTS = """\
 mount -t tmpfs -o mode=1777,nosuid,nodev tmpfs /tmp
 mount -t tmpfs -o mode=755,nosuid,nodev tmpfs /run
@@ -118,6 +120,7 @@ mkdir -m 1777 /run/lock
 mkdir /run/carried
 if [ -d /sys/fs/cgroup ]; then
     mount --rbind /sys/fs/cgroup /run/carried
+    umount -l /sys
     mount -t sysfs -o nosuid,nodev,noexec sysfs /sys
     mount --move /run/carried /sys/fs/cgroup
 fi

@@ -16,6 +16,7 @@ from conftest import Run
 from enclos.runtime.cluster import image as images
 from enclos.runtime.cluster import nodes
 from enclos.runtime.cluster.cluster import Cluster, ClusterError
+from enclos.runtime.cluster.daemons import READY_DEADLINE_S
 from enclos.runtime.cluster.layout import Layout
 from enclos.runtime.cluster.leftovers import await_same, snapshot
 from enclos.runtime.cluster.processes import Process, pids_in
@@ -283,6 +284,14 @@ def test_slurm_conf_extra_replaces_our_rows(make_cluster: Callable[..., Cluster]
     assert re.search(r"KillWait\s+= 17 sec", changed.run(["scontrol", "show", "config"]).stdout)
     assert changed.run(["sinfo", "-h", "-o", "%c"]).stdout == "3\n"
     changed.down()
+
+
+def test_a_slurmd_that_does_not_start_is_told_at_once(make_cluster: Callable[..., Cluster]) -> None:
+    """slurmctld would wait for it; with the reason, which is gone with the cluster."""
+    began = time.monotonic()
+    with pytest.raises(ClusterError, match=r"slurmd on n1 ended while starting: .*/dev/null/none.*Not a directory"):
+        make_cluster(1, slurm_conf_extra="SlurmdSpoolDir=/dev/null/none\n")
+    assert time.monotonic() - began < READY_DEADLINE_S
 
 
 def test_barriers_of_mpi_hold(cluster: Cluster) -> None:
