@@ -372,8 +372,11 @@ def place_for_more(directory: str) -> str | None:
         names = [name for name in os.listdir(directory) if name.startswith("task_") and name[5:].isdigit()]
     except OSError:
         return None
+    # Where no plugin limits or counts tasks one by one, all of them stay in the one in which Slurm tracks them
+    # (cgroup_v2.c, cgroup_p_step_addto); otherwise it is there only until each has its own.
     if not names:
-        return None
+        place = f"{directory}/task_special"
+        return place if words(f"{place}/cgroup.procs") else None
     place = f"{directory}/{min(names, key=lambda name: int(name[5:]))}"
     # With controllers below, a task's cgroup takes no process (delegation.py).
     return f"{place}/inside" if os.path.isdir(f"{place}/inside") else place

@@ -10,12 +10,13 @@ import struct
 import subprocess
 import termios
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import BinaryIO
 
 import pytest
-from conftest import Leftovers, Run, said
+from conftest import Leftovers, Run, require_cgroup2, said
+from enclos.runtime.cluster import image as images
 from enclos.runtime.cluster.cluster import Cluster, Running
 
 ENCLOS = "enclos"
@@ -352,24 +353,52 @@ def sleeps() -> list[Path]:
     return found
 
 
-@pytest.mark.vm
-def test_it_is_below_the_steps_cgroup(limited: Cluster, limited_leftovers: Leftovers) -> None:
-    """With its limits, in a cgroup namespace of its own; Slurm ends it and removes all, the node stays in use."""
-    words = ["srun", "-w", "n1", "--mem=64", "--container-image=/images/openmpi.sqsh", "sh", "-c"]
-    with limited.popen([*words, "echo $SLURM_JOB_ID; exec sleep 1000"], user="usera") as running:
+def enter_and_cancel(cluster: Cluster, *options: str) -> tuple[list[str], str]:
+    """Enter a step on n1 and cancel it: three lines of the program that entered, and where it was in the tree."""
+    words = ["srun", "-w", "n1", *options, "--container-image=/images/openmpi.sqsh", "sh", "-c"]
+    with cluster.popen([*words, "echo $SLURM_JOB_ID; exec sleep 1000"], user="usera") as running:
         assert running.stdout is not None
         job = running.stdout.readline().strip()
         script = "cat /proc/self/cgroup /sys/fs/cgroup/memory.max; echo up; exec sleep 4323"
-        session = limited.popen([ENCLOS, "exec", job, "sh", "-c", script], node="n1", user="usera")
-        assert session.stdout is not None
+        session = cluster.popen([ENCLOS, "exec", job, "sh", "-c", script], node="n1", user="usera")
+        assert session.stdout is not None and session.stderr is not None
         shown = [session.stdout.readline().strip() for _ in range(3)]
+        assert shown[2] == "up", session.stderr.read()
         (pid,) = (path.name for path in sleeps() if b"4323" in (path / "cmdline").read_bytes())
         place = Path(f"/proc/{pid}/cgroup").read_text().strip()
-        limited.run(["scancel", job])
+        cluster.run(["scancel", job])
         session.communicate(timeout=60)
         running.communicate(timeout=60)
+    assert session.returncode != 0
+    return shown, place
+
+
+@pytest.mark.vm
+@pytest.mark.vm_slurm
+def test_it_is_below_the_steps_cgroup(limited: Cluster, limited_leftovers: Leftovers) -> None:
+    """With its limits, in a cgroup namespace of its own; Slurm ends it and removes all, the node stays in use."""
+    shown, place = enter_and_cancel(limited, "--mem=64")
     assert shown == ["0::/", str(64 << 20), "up"]
     assert place.endswith("/step_0/user/task_0")
-    assert session.returncode != 0
     limited.await_idle(60)
     assert limited_leftovers.rows(60) == []
+
+
+@pytest.fixture(scope="module")
+def tracked(make_cluster: Callable[..., Cluster]) -> Cluster:
+    """One node on which Slurm only tracks processes by their cgroups: nothing limits or counts tasks one by one."""
+    require_cgroup2()
+    made = make_cluster(1, cpus=2)
+    images.install(made.layout.images)
+    return made
+
+
+@pytest.mark.vm_new
+@pytest.mark.vm_slurm
+def test_where_no_task_has_a_cgroup_of_its_own(tracked: Cluster) -> None:
+    """It is where the tasks are, and ends with them."""
+    _, place = enter_and_cancel(tracked)
+    assert place.endswith("/step_0/user/task_special")
+    tracked.await_idle(60)
+    look = "ls -d /sys/fs/cgroup/system.slice/*/job_* 2> /dev/null"
+    assert tracked.run(f"for i in $(seq 50); do {look} || break; sleep 0.2; done; {look}", node="n1").returncode != 0
