@@ -13,6 +13,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import socket
 from abc import ABC, abstractmethod
 from collections.abc import Callable
@@ -28,6 +29,8 @@ from enclos.runtime.images.reference import Reference
 TAG = "org.opencontainers.image.ref.name"
 HASH_BYTES = 1 << 20
 MEMBER_LIMIT = 100_000
+_DIGEST = re.compile("sha256:[0-9a-f]{64}")
+_BLOB = re.compile("blobs/sha256/([0-9a-f]{64})")
 
 
 @dataclass(frozen=True, slots=True)
@@ -219,7 +222,7 @@ def _docker(files: Files, reference: Reference) -> Found:
         if len(chosen) != 1:
             known = ", ".join(tag for image in images for tag in image["RepoTags"] or ()) or "none"
             raise BadManifest(f"which of its images: {known}")
-        config, names = files.read(chosen[0]["Config"]), list(chosen[0]["Layers"])
+        config, names = files.read(chosen[0]["Config"]), [str(name) for name in chosen[0]["Layers"]]
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         if isinstance(error, BadManifest):
             raise
@@ -227,15 +230,36 @@ def _docker(files: Files, reference: Reference) -> Found:
     if not names or len(names) > manifest.LAYER_LIMIT:
         raise BadManifest("it has no layers, or too many")
     layers = []
-    for name in names:
-        fd, source = files.find(str(name))
-        layers.append((LayerInfo(_hash(fd, source), source.bytes), source))
+    for name, diff_id in zip(names, _diff_ids(config, len(names)), strict=True):
+        fd, source = files.find(name)
+        layers.append((LayerInfo(_digest(fd, source, name, diff_id), source.bytes), source))
     digest = manifest.digest_of(config + b"\n".join(layer.digest.encode() for layer, _ in layers))
     return Found(digest, tuple(layers), config)
 
 
 def _is_tagged(tags: list[str], wanted: str) -> bool:
     return any(tag == wanted or tag.endswith(f"/{wanted}") for tag in tags or ())
+
+
+def _diff_ids(config: bytes, count: int) -> list[str]:
+    """The digests that a configuration gives the layers, unpacked; "" for each where it has not as many."""
+    try:
+        found = list(json.loads(config)["rootfs"]["diff_ids"])
+    except (ValueError, KeyError, TypeError, RecursionError):
+        found = []
+    return [str(each) for each in found] if len(found) == count else [""] * count
+
+
+def _digest(fd: int, source: Source, name: str, diff_id: str) -> str:
+    """The digest that a layer has by the archive's own word, where it says one: it may be large, and each step asks.
+
+    Whether that is true is seen when the layer is converted (blob.py), as with a layout's. `diff_id` is of it unpacked.
+    """
+    if named := _BLOB.fullmatch(name):
+        return f"sha256:{named[1]}"
+    if _DIGEST.fullmatch(diff_id) and not os.pread(fd, 4, source.offset).startswith((GZIP, ZSTD)):
+        return diff_id
+    return _hash(fd, source)
 
 
 def _hash(fd: int, source: Source) -> str:

@@ -24,7 +24,7 @@ from pathlib import Path
 import pytest
 import quotas
 from enclos.runtime import protocol
-from enclos.runtime.images import sandbox
+from enclos.runtime.images import manifest, sandbox
 from enclos.runtime.images.layout import Store
 from enclos.runtime.images.order import Limits, Order, Packing
 from enclos.runtime.images.parts import finish_part
@@ -322,6 +322,77 @@ def test_an_image_on_disk(store: Store, tmp_path: Path, home: Path, kind: str) -
         assert listing(root) == listing(umoci_unpack(home / "layout", tmp_path / "bundle"))
     said = Import(image, store, uid=USER + 1, gid=USER + 1).error()
     assert said == "image is not readable (permission denied)"
+
+
+def saved(path: Path, layers: Sequence[tuple[str, bytes]], *, diff_ids: Sequence[str] | None = None) -> str:
+    """An archive as `docker save` writes it, of layers with their names in it; its reference."""
+    if diff_ids is None:
+        diff_ids = [manifest.digest_of(gunzipped(data)) for _, data in layers]
+    config = {"architecture": "amd64", "os": "linux", "config": {}, "rootfs": {"type": "layers", "diff_ids": diff_ids}}
+    listed = [{"Config": "config.json", "RepoTags": ["a:t"], "Layers": [name for name, _ in layers]}]
+    files = {"config.json": json.dumps(config).encode(), "manifest.json": json.dumps(listed).encode(), **dict(layers)}
+    path.write_bytes(layer([Entry(name, data=data) for name, data in files.items()]))
+    path.chmod(0o644)
+    return f"docker-archive:{path}"
+
+
+def gunzipped(data: bytes) -> bytes:
+    return gzip.decompress(data) if data.startswith(b"\x1f\x8b") else data
+
+
+PACKED = [gzip.compress(data, mtime=0) for data in LAYERS]
+SAVED = {
+    "docker": [(f"{number}/layer.tar", data) for number, data in enumerate(LAYERS)],
+    "compressed": [(f"{number}/layer.tar", data) for number, data in enumerate(PACKED)],
+    "docker 25": [(f"blobs/sha256/{hashlib.sha256(data).hexdigest()}", data) for data in LAYERS],
+    "containerd": [(f"blobs/sha256/{hashlib.sha256(data).hexdigest()}", data) for data in PACKED],
+}
+
+
+@pytest.mark.parametrize("by", SAVED)
+@pytest.mark.parametrize("diff_ids", [None, []], ids=["", "without diff_ids"])
+def test_an_archive_that_docker_saved(
+    store: Store, tmp_path: Path, home: Path, by: str, diff_ids: list[str] | None
+) -> None:
+    """However it names and packs the layers, they have the digests that their files have."""
+    running = Import(saved(home / "saved.tar", SAVED[by], diff_ids=diff_ids), store)
+    told = running.receive()["layer"]
+    assert told == [f"{manifest.digest_of(data)} {len(data)}" for _, data in SAVED[by]]
+    running.go()
+    while (message := running.receive())["state"] != ["done"]:
+        assert message["state"] in (["part"], ["whole"]), message
+    running.end()
+
+
+def test_layers_of_an_archive_are_not_read_to_find_out_whether_it_is_there(store: Store, home: Path) -> None:
+    """Each step on each node asks that: here of a layer that would take minutes."""
+    data = layer([Entry("f")])
+    image = saved(home / "saved.tar", [("layer.tar", data)])
+    archive = (home / "saved.tar").read_bytes()
+    head = archive.index(b"layer.tar\0")
+    block = bytearray(archive[head : head + 512])
+    block[124:136] = (1 << 95 | 1 << 40).to_bytes(12, "big")  # Of a terabyte.
+    block[148:156] = b"%06o\0 " % (sum(block[:148]) + sum(block[156:]) + 8 * 32)
+    with open(home / "saved.tar", "r+b") as file:
+        file.seek(head)
+        file.write(block)
+        file.truncate(head + 512 + (1 << 40))
+    running = Import(image, store, limits=Limits(1000, 1 << 41))
+    begin = time.monotonic()
+    assert running.receive()["layer"] == [f"{manifest.digest_of(data)} {1 << 40}"]
+    assert time.monotonic() - begin < 20
+    running.end()
+
+
+def test_an_archive_whose_layers_are_not_what_it_says(store: Store, home: Path) -> None:
+    """Knowing digests gives nothing: what is not there already is compared with them."""
+    ours, theirs = layer([Entry("ours")]), layer([Entry("theirs")])
+    digest = hashlib.sha256(theirs).hexdigest()
+    for name, diff_id in (("layer.tar", f"sha256:{digest}"), (f"blobs/sha256/{digest}", "")):
+        image = saved(home / "saved.tar", [(name, ours)], diff_ids=[diff_id])
+        said = Import(image, store).error()
+        assert said == f"layer {digest[:12]} of the image is not usable (it does not match its digest)"
+    assert left(store) == {"images": [], "parts": [], "work": []}
 
 
 def test_what_is_no_image_on_disk(store: Store, tmp_path: Path, home: Path) -> None:
