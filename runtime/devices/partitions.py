@@ -1,14 +1,16 @@
 """OpenSM's partitions.conf with a partition for each tenant: pure, from one text of the file to the next.
 
-What the site wrote stays as it is; ours is between two marks, a line per tenant. A tenant's key is chosen when its
+What the site wrote stays as it is; ours is between two marks, a statement per tenant. A tenant's key is chosen when its
 first port comes and kept until its last one is gone, so that running programs keep theirs. Who calls this holds a lock.
-Source: opensm's doc/partition-config.txt; IBTA vol. 1, 10.9: a key has 15 bits, 0 and 0x7fff are not for us.
+Source: opensm's doc/partition-config.txt, and osm_prtn_config.c for how lines are read; IBTA vol. 1, 10.9: a key has
+15 bits, 0 and 0x7fff are not for us.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 
 BEGIN = "# enclos begin: written by 'enclos partition', do not edit"
@@ -17,9 +19,12 @@ DEFAULT_KEY = 0x7FFF
 FIRST_KEY, LAST_KEY = 0x1000, 0x7FFE
 """The lower ones are left to the site."""
 
-_LINE = re.compile(r"(?P<tenant>[A-Za-z0-9_.-]+)=(?P<key>0x[0-9a-f]{4}), ipoib : (?P<ports>[^;]*);")
-_KEY = re.compile(r"^[^#:=\n]*=\s*(0[xX][0-9a-fA-F]+|[0-9]+)", re.MULTILINE)
-_PORT = re.compile(r"0x[0-9a-f]{16}")
+PORTS_IN_A_LINE = 64
+"""OpenSM reads at most 4,094 characters as a line. None may end in a comma: an empty name is taken for ALL."""
+
+_STATEMENT = re.compile(r"(?P<tenant>[A-Za-z0-9_.-]+)=(?P<key>0x[0-9a-f]{4}), ipoib : (?P<ports>[^;]*);\n")
+_NUMBER = re.compile(r"0[xX][0-9a-fA-F]+|[0-9]+")
+_PORT = re.compile(r"0x[0-9a-f]{16}=full")
 TENANT = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,62}")
 
 
@@ -90,11 +95,23 @@ def _check(tenant: str) -> None:
 def _free_key(own: Mapping[str, Partition], others: str) -> int:
     """The lowest that nobody has, also not as a full member's (with the highest bit)."""
     taken = {partition.key for partition in own.values()}
-    taken |= {int(number, 0) & 0x7FFF for number in _KEY.findall(others)}
+    taken |= _keys(others)
     key = next((key for key in range(FIRST_KEY, LAST_KEY + 1) if key not in taken), None)
     if key is None:
         raise BadPartitions("all partition keys are in use")
     return key
+
+
+def _keys(text: str) -> set[int]:
+    """Keys in what the site wrote: statements end in `;`, one line may have several, and numbers are as in C."""
+    found: set[int] = set()
+    for statement in re.sub("#.*", "", text).split(";"):
+        number = statement.partition(":")[0].partition(",")[0].partition("=")[2].strip()
+        if _NUMBER.fullmatch(number):
+            octal = number.startswith("0") and number.isdigit()
+            with suppress(ValueError):  # 08: OpenSM does not take it either.
+                found.add(int(number, 8 if octal else 0) & 0x7FFF)
+    return found
 
 
 def _read(text: str) -> tuple[dict[str, Partition], str, str]:
@@ -106,13 +123,15 @@ def _read(text: str) -> tuple[dict[str, Partition], str, str]:
     before, _, rest = text.partition(f"{BEGIN}\n")
     mine, _, after = rest.partition(f"{END}\n")
     own: dict[str, Partition] = {}
-    for line in mine.splitlines():
-        match = _LINE.fullmatch(line)
-        ports = [port.strip() for port in match["ports"].split(",")] if match else []
-        found = [port.removesuffix("=full") for port in ports]
-        if match is None or not all(_PORT.fullmatch(port) for port in found):
-            raise BadPartitions(f"not a line of ours between the marks: {line!r}")
-        own[match["tenant"]] = Partition(int(match["key"], 16), frozenset(int(port, 16) for port in found))
+    place = 0
+    while place < len(mine):
+        match = _STATEMENT.match(mine, place)
+        ports = [port.strip() for port in re.split("[,\n]", match["ports"])] if match else []
+        if match is None or not all(_PORT.fullmatch(port) for port in ports):
+            raise BadPartitions(f"not a line of ours between the marks: {mine[place:].partition(chr(10))[0]!r}")
+        found = frozenset(int(port.removesuffix("=full"), 16) for port in ports)
+        own[match["tenant"]] = Partition(int(match["key"], 16), found)
+        place = match.end()
     return own, before, after
 
 
@@ -120,6 +139,8 @@ def _write(own: Mapping[str, Partition], before: str, after: str) -> str:
     rows = []
     for tenant, partition in sorted(own.items()):
         if partition.ports:
-            ports = ", ".join(f"0x{port:016x}=full" for port in sorted(partition.ports))
-            rows.append(f"{tenant}=0x{partition.key:04x}, ipoib : {ports};\n")
+            ports = [f"0x{port:016x}=full" for port in sorted(partition.ports)]
+            starts = range(0, len(ports), PORTS_IN_A_LINE)
+            lines = "\n".join(", ".join(ports[start : start + PORTS_IN_A_LINE]) for start in starts)
+            rows.append(f"{tenant}=0x{partition.key:04x}, ipoib : {lines};\n")
     return f"{before}{BEGIN}\n{''.join(rows)}{END}\n{after}" if rows else before + after

@@ -18,6 +18,59 @@ storage=0x1000, ipoib : 0x0002c903000e0b72=full;
 """
 
 
+def as_opensm(text: str) -> dict[str, tuple[int, set[str]]]:
+    """What OpenSM makes of a file: name, key and members of each partition. After osm_prtn_config_parse_file."""
+    found: dict[str, tuple[int, set[str]]] = {}
+    name = ""
+    for line in text.splitlines(keepends=True):
+        assert len(line) < 4095, "the rest would be read as another line"
+        *ends, rest = line.partition("#")[0].strip().split(";")
+        for part, last in [*((end, True) for end in ends), (rest, False)]:
+            if not part.strip():
+                assert not (last and name), "a statement whose last line is empty"
+                continue
+            members = part
+            if not name:
+                header, colon, members = part.partition(":")
+                assert colon, "no partition definition found"
+                name, _, key = (word.strip() for word in header.partition(",")[0].partition("="))
+                found[name] = (int(key, 0), set())
+            words = {word.strip() for word in members.split(",")}
+            assert "" not in words, "taken for ALL"
+            found[name][1].update(words)
+            name = "" if last else name
+    assert not name, "a statement without end"
+    return found
+
+
+def test_a_tenant_with_more_ports_than_a_line_holds() -> None:
+    """OpenSM reads lines of 4,094 characters; a job of 300 nodes needs 8,000."""
+    ports = range(1, 301)
+    text = attach(attach(SITE, "job8", [1000]), "job41", ports)
+    found = as_opensm(text)
+    assert found["job41"] == (0x1002, {f"0x{port:016x}=full" for port in ports})
+    assert list(found) == ["Default", "storage", "job41", "job8"]
+    assert read(text)["job41"].ports == set(ports)
+    assert detach(detach(text, "job41", range(2, 301)), "job8") == attach(SITE, "job41", [1]).replace(
+        "0x1001", "0x1002"
+    )
+    # One line per tenant, as it was written before.
+    assert read(text.replace("=full\n0x", "=full, 0x")) == read(text)
+
+
+@pytest.mark.parametrize(
+    "site",
+    [
+        "a=0x1000 : ALL; b=0x1001, ipoib : ALL;\nc=0x9002:ALL;\n",
+        "a=4096, ipoib :\nALL,\nSELF=full;b = 010001 : ALL;\n =0x1002 : ALL;",
+        "# b=0x1003 : ALL;\na=0x1000 : ALL; # =0x1003\nb=0x1001 : 0x1003=full; c=0X1002 : ALL;\nd : ALL; e=08 : SELF;",
+    ],
+)
+def test_the_sites_keys_in_every_form(site: str) -> None:
+    """Several in a line, over lines, with the bit of full members, octal as C has it, without a name."""
+    assert read(attach(site, "job7", [1]))["job7"].key == 0x1003
+
+
 def test_the_file_as_opensm_reads_it() -> None:
     text = attach(SITE, "job41", [0x2C903000E0B73])
     text = attach(text, "job7", [0x2C903000E0B75, 0x2C903000E0B74])
@@ -27,6 +80,7 @@ def test_the_file_as_opensm_reads_it() -> None:
         "job7=0x1002, ipoib : 0x0002c903000e0b74=full, 0x0002c903000e0b75=full;\n"
         f"{END}\n"
     )
+    assert as_opensm(text)["job7"] == (0x1002, {"0x0002c903000e0b74=full", "0x0002c903000e0b75=full"})
 
 
 def test_a_key_stays_until_the_last_port_is_gone() -> None:
@@ -104,6 +158,7 @@ def test_keys_and_ports_are_never_shared(steps: list[tuple[object, str, set[int]
     for change, tenant, ports in steps:
         text = change(text, tenant, ports)  # type: ignore[operator]
         found = read(text)
+        assert list(as_opensm(text)) == ["Default", "storage", *found]
         keys = [partition.key for partition in found.values()]
         given_ports = [port for partition in found.values() for port in partition.ports]
         assert len(set(keys)) == len(keys) and 0x1000 not in keys
