@@ -13,8 +13,9 @@ from dataclasses import dataclass
 from enclos.runtime import squash
 from enclos.runtime.images import tar
 from enclos.runtime.images.blob import Blob
-from enclos.runtime.images.flatten import BadLayer, Merge, Output, Repeat
+from enclos.runtime.images.merge import Merge
 from enclos.runtime.images.order import Limits, Packing
+from enclos.runtime.images.rules import BadLayer, Output, Repeat
 from enclos.runtime.images.tar import Member
 
 # Compressing threads of one converter. As many as a large node has processors would be beyond a sandbox's processes,
@@ -74,11 +75,14 @@ class _Blobs:
 
 
 class _Squashfs:
-    """Where a merge writes to (flatten.Output)."""
+    """Where a merge writes to (rules.Output)."""
 
     def __init__(self, writer: squash.Writer) -> None:
         self._writer = writer
         self.write = writer.write
+        self.mode = writer.mode
+        self.mark = writer.mark
+        self.count = writer.count
 
     def put(self, member: Member) -> None:
         if member.kind == tar.LINK:

@@ -21,10 +21,10 @@ from enclos.runtime import errors, linux, protocol
 from enclos.runtime.images import convert
 from enclos.runtime.images.blob import BadBlob
 from enclos.runtime.images.convert import Layer, PackFailed
-from enclos.runtime.images.flatten import BadLayer, NeedsBase, TooLarge
 from enclos.runtime.images.layout import Store
 from enclos.runtime.images.manifest import LayerInfo
 from enclos.runtime.images.order import Order
+from enclos.runtime.images.rules import BadLayer, NeedsBase, TooLarge
 from enclos.runtime.images.sandbox import Rights, Sandbox
 from enclos.runtime.images.sandboxes import Sandboxes, ended
 from enclos.runtime.images.tar import BadArchive

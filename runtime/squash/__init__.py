@@ -96,6 +96,23 @@ class Writer:
         """Give what is at `target` another name. Raises as `add`."""
         _check(_squash.lib.squash_link(self._squash, path, len(path), target, len(target)), path)
 
+    def mode(self, path: bytes) -> int:
+        """Mode, with the type, of what is at a path; 0 for nothing. Raises Conflict where a file is in the way."""
+        mode = _squash.lib.squash_mode(self._squash, path, len(path))
+        if mode == _squash.lib.SQUASH_CONFLICT:
+            raise Conflict(path.decode("utf-8", "replace"))
+        return mode
+
+    def mark(self, path: bytes, xattrs: Mapping[bytes, bytes]) -> None:
+        """Give a directory that is there other extended attributes. Raises as `add`."""
+        for key, value in xattrs.items():
+            _check(_squash.lib.squash_xattr(self._squash, key, value, len(value)), path)
+        _check(_squash.lib.squash_mark(self._squash, path, len(path)), path)
+
+    def count(self) -> int:
+        """Entries so far, with the root and the directories that nobody described."""
+        return _squash.lib.squash_count(self._squash)
+
     def write(self, data: bytes) -> None:
         """More data of the file that was added last. Raises SquashError, MemoryError."""
         _check(_squash.lib.squash_data(self._squash, data, len(data)), b"")

@@ -493,6 +493,59 @@ int squash_link(struct squash *squash, const char *path, size_t path_bytes, cons
 	return 0;
 }
 
+/* Mode, with the type, of what is at a path: 0 for nothing, SQUASH_CONFLICT where a file is in the way. */
+int squash_mode(const struct squash *squash, const char *path, size_t path_bytes)
+{
+	uint32_t directory = 0, slot;
+	const struct entry *entry;
+	const char *slash;
+
+	if (path_bytes == 1 && path[0] == '.')
+		return squash->entries[0].mode;
+	while ((slash = memchr(path, '/', path_bytes)) != NULL) {
+		slot = *slot_of(squash, directory, path, slash - path);
+		if (slot == 0)
+			return 0;
+		if (!S_ISDIR(squash->entries[slot - 1].mode))
+			return SQUASH_CONFLICT;
+		directory = slot - 1;
+		path_bytes -= slash + 1 - path;
+		path = slash + 1;
+	}
+	slot = *slot_of(squash, directory, path, path_bytes);
+	if (slot == 0)
+		return 0;
+	entry = &squash->entries[slot - 1];
+	return entry->mode != 0 ? entry->mode : squash->entries[entry->data].mode;
+}
+
+/* Give a directory that is there other extended attributes. */
+int squash_mark(struct squash *squash, const char *path, size_t path_bytes)
+{
+	uint32_t directory, index = 0, slot, xattrs;
+	size_t last;
+	int status;
+
+	if ((status = end_xattrs(squash, &xattrs)) != 0)
+		return status;
+	if (path_bytes != 1 || path[0] != '.') {
+		if ((status = walk(squash, path, path_bytes, 0, &directory, &last)) != 0)
+			return status;
+		slot = *slot_of(squash, directory, path + last, path_bytes - last);
+		if (slot == 0 || !S_ISDIR(squash->entries[slot - 1].mode))
+			return SQUASH_CONFLICT;
+		index = slot - 1;
+	}
+	squash->entries[index].xattrs = xattrs;
+	return 0;
+}
+
+/* Entries so far, with the root and the directories that nobody described. */
+size_t squash_count(const struct squash *squash)
+{
+	return squash->count;
+}
+
 /* Data of the file that was added last. */
 int squash_data(struct squash *squash, const void *data, size_t bytes)
 {

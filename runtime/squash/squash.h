@@ -11,6 +11,9 @@ int squash_xattr(struct squash *squash, const char *key, const void *value, size
 int squash_add(struct squash *squash, const char *path, size_t path_bytes, uint16_t mode, uint32_t mtime,
 	       const char *target, uint64_t size);
 int squash_link(struct squash *squash, const char *path, size_t path_bytes, const char *target, size_t target_bytes);
+int squash_mode(const struct squash *squash, const char *path, size_t path_bytes);
+int squash_mark(struct squash *squash, const char *path, size_t path_bytes);
+size_t squash_count(const struct squash *squash);
 int squash_data(struct squash *squash, const void *data, size_t bytes);
 int squash_finish(struct squash *squash);
 void squash_close(struct squash *squash);

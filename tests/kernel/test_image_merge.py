@@ -14,8 +14,9 @@ from pathlib import Path
 import pytest
 from enclos.runtime.images import convert
 from enclos.runtime.images.convert import Layer
-from enclos.runtime.images.flatten import LAYER_BITS, BadLayer, NeedsBase, TooLarge, Tree
+from enclos.runtime.images.flatten import LAYER_BITS, Tree
 from enclos.runtime.images.order import Limits, Packing
+from enclos.runtime.images.rules import BadLayer, NeedsBase, TooLarge
 from enclos.runtime.images.tar import BadArchive, Reader
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st

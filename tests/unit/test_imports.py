@@ -16,7 +16,8 @@ MODULES = sorted([*(ROOT / "runtime").rglob("*.py"), *(ROOT / "netns").rglob("*.
 PURE_NAMES = {
     *("names.py", "batch.py", "hosts.py", "spec.py"),
     *("catalogue.py", "choice.py", "ldcache.py"),
-    *("request.py", "mounts.py", "hostlist.py", "policy.py", "limits.py", "idmap.py", "reference.py", "flatten.py"),
+    *("request.py", "mounts.py", "hostlist.py", "policy.py", "limits.py", "idmap.py", "reference.py"),
+    *("flatten.py", "rules.py", "merge.py", "once.py"),
 }
 PURE = [path for path in MODULES if path.name in PURE_NAMES and path.parent.name != "linux"]
 IMPURE_MODULES = {"os", "socket", "subprocess", "fcntl", "ctypes", "asyncio", "enclos.runtime.linux"}

@@ -5,12 +5,13 @@ from __future__ import annotations
 import io
 import itertools
 import tarfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 
 import pytest
 from enclos.runtime.images import tar
-from enclos.runtime.images.flatten import Merge, TooLarge
+from enclos.runtime.images.merge import Merge
 from enclos.runtime.images.order import Limits
+from enclos.runtime.images.rules import TooLarge
 from enclos.runtime.images.tar import BLOCK, BadArchive, Reader
 
 FEW = 4 << 20  # Bytes in which all of these are found out.
@@ -90,11 +91,19 @@ LARGE = record("comment", "x" * 100_000)
 
 
 class Nowhere:
-    """What a merge writes is forgotten (flatten.Output)."""
+    """What a merge writes is forgotten (rules.Output)."""
 
     def put(self, member: tar.Member) -> None: ...
 
     def write(self, data: bytes) -> None: ...
+
+    def mode(self, path: bytes) -> int:
+        return 0
+
+    def mark(self, path: bytes, xattrs: Mapping[bytes, bytes]) -> None: ...
+
+    def count(self) -> int:
+        return 0
 
 
 @pytest.mark.parametrize(
