@@ -85,7 +85,11 @@ async def _look(
     try:
         async with asyncio.timeout(LOOKUP_SECONDS):
             with await child.receive() as answer:
-                return Stored.read(answer) if answer.get("state") == "found" else None
+                if answer.get("state") == "found":
+                    return Stored.read(answer)
+                if trouble := answer.get("trouble"):
+                    progress(f"a store of images cannot be read ({trouble}), asking the registry")
+                return None
     except (ChildDied, TimeoutError, ValueError):
         # Its user may have killed it; then the registry is asked.
         log.warning("uid=%d image=%s stores do not answer, ignoring", uid, errors.printable(reference.text))

@@ -143,7 +143,11 @@ def test_a_store_on_a_file_system_of_its_user(stores: Cluster) -> None:
         assert time.monotonic() - begin < 8
         output, text = waiting.communicate(timeout=60)
         assert waiting.returncode == 1 and output == "" and "registry.invalid" in text, text
-        os.kill(server, signal.SIGCONT)
+        assert "enclos: the stores of images do not answer, asking the registry\n" in text
+        os.kill(server, signal.SIGKILL)
+        done = stores.run(words, "usera")
+        trouble = "/home/usera/.local/share/enclos/images: transport endpoint is not connected"
+        assert done.returncode == 1 and f"enclos: a store of images cannot be read ({trouble})" in done.stderr
     finally:
         stores.run("scancel --user=usera")
         stores.await_idle()
