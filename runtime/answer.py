@@ -63,6 +63,8 @@ class Answer:
             fds["seccomp"] = self._seccomp()
             fields.append(("set", f"HOME={plan.ROOT_HOME}"))
         fields += _variables(request, container, commands)
+        if network.kind == "job" and self._around.config.rdma.mode == "soft" and _rdma(container):
+            fields.append(("default", environment.SOFT_ROCE))
         if network.fd >= 0 and request.interface_variables:
             fields += self._without_interfaces(request, container, network, notices)
         if container.entrypoint:
@@ -99,11 +101,15 @@ class Answer:
         names = ["lo", *([self._around.config.network.ifname] if network.kind == "job" else [])]
         names += self._around.devices.holdings.interfaces(self._record_name)
         addresses = [address for address in network.addresses if address]
-        rdma = [device.partition("=")[2] for device in container.devices if device.startswith("rdma=")]
-        unset = environment.unset_interfaces(request.interface_variables, names, addresses, rdma)
+        unset = environment.unset_interfaces(request.interface_variables, names, addresses, _rdma(container))
         if unset.notice:
             notices.append(unset.notice)
         return [("unset", name) for name in unset.names]
+
+
+def _rdma(container: Container) -> list[str]:
+    """The names of its RDMA devices."""
+    return [device.partition("=")[2] for device in container.devices if device.startswith("rdma=")]
 
 
 def _variables(request: StepRequest, container: Container, commands: str) -> list[tuple[str, str]]:

@@ -24,6 +24,11 @@ PROTECTED_NAMES = frozenset(
     | {"CUDA_VISIBLE_DEVICES", "GPU_DEVICE_ORDINAL", "ROCR_VISIBLE_DEVICES", "ZE_AFFINITY_MASK"}
 )
 
+# UCX reads from a datagram's completion whether its header is IPv4's or IPv6's, from a field that only mlx5 fills
+# (uct_ud_iface_check_grh, src/uct/ib/ud/base/ud_inl.h). Soft-RoCE leaves it 0, UCX drops each datagram over IPv4 as
+# another one's, and programs end after half a minute with "UD endpoint: unhandled timeout error".
+SOFT_ROCE = "UCX_UD_VERBS_ETH_DGID_CHECK=n"
+
 
 @dataclass(frozen=True, slots=True)
 class Unset:

@@ -82,14 +82,18 @@ def make_image(images: Path) -> None:
     programs = [Path(found) for name in PROGRAMS if (found := shutil.which(name))]
     assert len(programs) == len(PROGRAMS), "`make deps` installs what is missing"
     wanted = [*programs, *(LIBRARIES / name for name in LOADED)]
-    libraries = [library for path in wanted for library in image.libraries(path)]
-    for path in [*wanted, *libraries]:
+    add_driver(root, [*wanted, *(library for path in wanted for library in image.libraries(path))])
+    squashed = str(images / "verbs.sqsh")
+    options = ["-all-root", "-noappend", "-quiet", "-no-progress"]
+    subprocess.run(["mksquashfs", str(root), squashed, *options], check=True, stdout=subprocess.DEVNULL)
+
+
+def add_driver(root: Path, files: list[Path]) -> None:
+    """Put files of this machine into an image, among them the driver's user part, and say that it is there."""
+    for path in files:
         target = root / path.parent.resolve().relative_to("/") / path.name
         target.parent.mkdir(parents=True, exist_ok=True)
         target.unlink(missing_ok=True)
         shutil.copy(path, target)
     (root / "etc/libibverbs.d").mkdir()
     (root / "etc/libibverbs.d/rxe.driver").write_text("driver rxe\n")
-    squashed = str(images / "verbs.sqsh")
-    options = ["-all-root", "-noappend", "-quiet", "-no-progress"]
-    subprocess.run(["mksquashfs", str(root), squashed, *options], check=True, stdout=subprocess.DEVNULL)

@@ -12,8 +12,10 @@ import time
 from collections.abc import Callable, Iterator
 
 import fabric
+import mpistacks
 import pytest
 from conftest import Result, plain, said
+from enclos.runtime import environment
 from enclos.runtime.cluster.cluster import Cluster, Running
 from fabric import IMAGE, on
 from vm import cards
@@ -38,6 +40,7 @@ def cluster(make_cluster: Callable[..., Cluster]) -> Cluster:
     made = make_cluster(2, config=CONFIG, cpus=4)
     fabric.plug_into(made)
     fabric.make_image(made.layout.images)
+    mpistacks.make_image(made.layout.images)
     return made
 
 
@@ -217,6 +220,29 @@ def test_nothing_crosses_from_tenant_to_tenant(cluster: Cluster, tenants: tuple[
     assert "ping data" in reached.stdout and server.returncode == 0, (reached.stderr, out, err)
     for holder in holders:
         holder.terminate()
+
+
+COUNTED = """\
+sent=/sys/class/infiniband/rx$((2 * SLURM_NODEID))/ports/1/hw_counters/sent_bytes
+before=$(cat $sent)
+"$@" || exit
+echo "$SLURM_NODEID sent $(($(cat $sent) - before)) bytes"
+"""
+
+
+@pytest.mark.parametrize("name", ["openmpi-ucx", "openmpi-libfabric"])
+def test_an_mpi_program_sends_over_its_devices(cluster: Cluster, name: str) -> None:
+    """On both nodes the program has the first card; what the library says, and what the cards have sent."""
+    stack = mpistacks.STACKS[name]
+    place = ["srun", "-N2", "-n2", "-c1", f"--container-image={mpistacks.IMAGE}", "--container-network=job"]
+    # What a job has to set for Soft-RoCE, which stands for hardware here.
+    words = ["--container-rdma=1", f"--mpi={stack.launcher}", "env", environment.SOFT_ROCE, "sh", "-c", COUNTED, "sh"]
+    done = cluster.run([*place, *words, *stack.command()], "usera")
+    shown = done.stdout + done.stderr
+    assert done.returncode == 0 and mpistacks.is_right(done.stdout), shown
+    assert stack.went_over(shown, ["rx0", "rx2"]), shown
+    sent = re.findall(r"^[01] sent (\d+) bytes$", done.stdout, re.MULTILINE)
+    assert len(sent) == 2 and all(int(count) > mpistacks.LEAST_BYTES for count in sent), shown
 
 
 def test_a_device_that_another_job_has(cluster: Cluster, tenants: tuple[Tenant, Tenant]) -> None:

@@ -8,8 +8,10 @@ import re
 import subprocess
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import fabric
+import mpistacks
 import pytest
 from conftest import Result, plain
 from enclos.netns import rdma
@@ -37,6 +39,7 @@ def cluster(make_cluster: Callable[..., Cluster]) -> Cluster:
     load()
     made = make_cluster(2, config=CONFIG, cpus=4)
     fabric.make_image(made.layout.images)
+    mpistacks.make_image(made.layout.images)
     return made
 
 
@@ -114,6 +117,47 @@ def test_verbs_over_the_overlay(cluster: Cluster) -> None:
         script = f"{SCRIPT}if [ $SLURM_NODEID = 1 ]; then timeout 60 {server}; else timeout 60 {client}; fi"
         done = srun(cluster, "sh", "-c", script, nodes="n1,n2")
         assert done.returncode == 0 and said in done.stdout, (done.stdout, done.stderr)
+
+
+def sent(device: str) -> int:
+    """How many bytes a device has sent. In shared mode only the initial namespace has its counters."""
+    return int(Path(f"/sys/class/infiniband/{device}/ports/1/hw_counters/sent_bytes").read_text())
+
+
+def allocate(cluster: Cluster, user: str) -> str:
+    """A job on both nodes; its devices are there from its first step to its end."""
+    said = cluster.run(["salloc", "-N2", "-n2", "-c1", "--no-shell"], user, timeout=60).stderr
+    found = re.search(r"Granted job allocation (\d+)", said)
+    assert found, said
+    return found[1]
+
+
+@pytest.mark.vm_new
+@pytest.mark.parametrize("stack", mpistacks.STACKS.values(), ids=mpistacks.STACKS)
+def test_an_mpi_program_sends_over_rdma(cluster: Cluster, stack: mpistacks.Stack) -> None:
+    """Across two nodes, beside another job's devices: what the library says, and what the devices have sent."""
+    other, job = allocate(cluster, "userb"), allocate(cluster, "usera")
+    assert cluster.run(["srun", f"--jobid={other}", *OPTIONS, "true"], "userb").returncode == 0
+    words = [f"--container-image={mpistacks.IMAGE}", "--container-network=job", f"--mpi={stack.launcher}"]
+    done = cluster.run(["srun", f"--jobid={job}", *words, *stack.command()], "usera")
+    shown = done.stdout + done.stderr
+    assert done.returncode == 0 and mpistacks.is_right(done.stdout), shown
+    devices = [f"enclos{job}n{node}" for node in range(2)]
+    assert stack.went_over(shown, devices), shown
+    assert min(sent(device) for device in devices) > mpistacks.LEAST_BYTES
+    for user in ("usera", "userb"):
+        cluster.run(["scancel", f"--user={user}"])
+    cluster.await_idle(60)
+
+
+@pytest.mark.vm_new
+def test_what_is_set_for_ucx(cluster: Cluster) -> None:
+    """Without it UCX loses all datagrams of such a device; who sets it himself has the last word."""
+    script = "echo ${UCX_UD_VERBS_ETH_DGID_CHECK-unset}"
+    assert srun(cluster, "sh", "-c", script).stdout == "n\n"
+    assert srun(cluster, "--container-rdma=none", "sh", "-c", script).stdout == "unset\n"
+    words = ["env", "UCX_UD_VERBS_ETH_DGID_CHECK=y", "srun", "-N1", "-w", "n1", *OPTIONS, "sh", "-c", script]
+    assert cluster.run(words, "usera").stdout == "y\n"
 
 
 @pytest.mark.vm_new
