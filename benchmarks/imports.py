@@ -43,6 +43,7 @@ NAME = "images"
 TITLE = "imports of images, against skopeo with tar2sqfs and umoci with mksquashfs"
 PACKING = Packing("zstd", 1, 131072)
 SLOT = 65520
+MEMORY = 256 << 20  # imports.memory as shipped.
 MEMORY_MB = 300
 SAMPLE_SECONDS = 0.02
 ONE, TEN = "200 MB, one layer", "1 GB, ten layers"
@@ -201,7 +202,7 @@ def new_store(image: Image) -> Iterator[Store]:
 def import_image(image: Image, store: Store, reference: str, reuse: Sequence[str] = (), measure: bool = False) -> float:
     """Seconds that an importer takes, its start included; what it found out is noted with the image."""
     limits = Limits(1_000_000, 100 << 30)
-    order = Order(reference, "", "", 0, 0, (), SLOT, store.directory, (), (), limits, 1 << 30, PACKING)
+    order = Order(reference, "", "", 0, 0, (), SLOT, store.directory, (), (), limits, MEMORY, PACKING)
     mine, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     order_fd = os.memfd_create("order", 0)
     os.write(order_fd, protocol.encode(order.fields()))

@@ -244,11 +244,16 @@ class Imports:
         "The first of as many user ids as there are imports.slots. Each import has one of its own, which may belong "
         "to nobody and own nothing.",
     )
-    memory: str = setting("1G", Amount(), "Most memory of each process that converts layers.")
+    memory: str = setting(
+        "256M",
+        Amount(),
+        "Most memory of each process that converts layers. Of one image one at a time may need more than a sixteenth "
+        "of it. Enough for a million files with names of 100 characters; an image that needs more is refused.",
+    )
     limit_files: int = setting(
         1000000,
         Number(1000, 100000000),
-        "Most files that an image may have. While it is imported, a million need about 300 MB of memory.",
+        "Most files that an image may have. While it is imported, a million need about 100 MB of memory.",
     )
     limit_bytes: str = setting("100G", Amount(), "Most bytes that an image may have, downloaded and unpacked.")
     compression: str = setting(

@@ -26,7 +26,11 @@ ZSTD = b"\x28\xb5\x2f\xfd"
 CHUNK = 1 << 18
 AHEAD = 8
 EVENT_BYTES = 4096
-ZSTD_COMMAND = ("zstd", "-dcq", "--no-check", "--memory=128MB")
+ZSTD_COMMAND = ("zstd", "-dcq", "--no-check")
+# What zstd keeps of what it has decompressed: as much as its levels without `--ultra` ask for, and as much as any may.
+ZSTD_WINDOW = 8 << 20
+ZSTD_LARGEST_WINDOW = 128 << 20
+ZSTD_HEADER_BYTES = 17  # Magic number, descriptor, number of a dictionary, size.
 
 
 class BadBlob(ValueError):
@@ -76,7 +80,10 @@ class _Ahead:
 
 
 class Blob:
-    """One blob, read from its start; `read` is what tar.Reader wants. `finish` has to be called."""
+    """One blob, read from its start; `read` is what tar.Reader wants. `finish` has to be called.
+
+    `window_bytes` is the memory that another process needs for it, 0 for none.
+    """
 
     def __init__(
         self, fd: int, digest: str = "", offset: int = 0, size: int | None = None, growing: bool = False
@@ -100,11 +107,13 @@ class Blob:
         self._room = 1 << 62 if size is None else size
         self._place = offset
         self._watch_fd = linux.watch_writes(f"/proc/self/fd/{fd}") if growing else -1
-        self._await(4)
-        magic = os.pread(fd, min(4, self._room), offset)
-        if magic[:2] == GZIP:
+        self.window_bytes = 0
+        self._await(ZSTD_HEADER_BYTES)
+        head = os.pread(fd, min(ZSTD_HEADER_BYTES, self._room), offset)
+        if head[:2] == GZIP:
             self._gzip = inflate.decompressobj(31)
-        elif magic == ZSTD:
+        elif head[:4] == ZSTD:
+            self.window_bytes = min(max(zstd_window(head[4:]), ZSTD_WINDOW), ZSTD_LARGEST_WINDOW)
             self._start_zstd()
         self._ahead = _Ahead(self._more)
 
@@ -198,7 +207,10 @@ class Blob:
     def _start_zstd(self) -> None:
         try:
             self._zstd = subprocess.Popen(
-                ZSTD_COMMAND, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
+                [*ZSTD_COMMAND, f"--memory={self.window_bytes}"],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.DEVNULL,
             )
         except FileNotFoundError as error:
             raise BadBlob("it is compressed with zstd, and the program zstd is not installed") from error
@@ -225,3 +237,16 @@ class Blob:
         process.stdout.close()
         self._feeder.join()
         process.wait()
+
+
+def zstd_window(header: bytes) -> int:
+    """Bytes of memory that a frame asks for (RFC 8878, 3.1.1.1): of a small one, its own size."""
+    if len(header) < 2:
+        return 0  # Cut off; zstd will say so.
+    descriptor = header[0]
+    if not descriptor & 0x20:
+        base = 1 << 10 + (header[1] >> 3)
+        return base + base // 8 * (header[1] & 7)
+    begin = 1 + (0, 1, 2, 4)[descriptor & 3]
+    size = (1, 2, 4, 8)[descriptor >> 6]
+    return int.from_bytes(header[begin : begin + size], "little")

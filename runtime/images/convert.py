@@ -21,6 +21,8 @@ from enclos.runtime.images.tar import Member
 # Compressing threads of one converter. As many as a large node has processors would be beyond a sandbox's processes,
 # and each keeps blocks in memory; these keep up with one stream that is decompressed.
 COMPRESSORS = 8
+# Of blocks that are compressed at the same time: each needs several times its size, with xz ten times.
+BLOCKS_BYTES = 4 << 20
 TYPES = {
     tar.FILE: stat.S_IFREG,
     tar.DIRECTORY: stat.S_IFDIR,
@@ -52,8 +54,9 @@ class Layer:
 class _Blobs:
     """The blobs of one merge. Each is compared with its digest before the result counts, in every pass."""
 
-    def __init__(self, layers: Sequence[Layer]) -> None:
+    def __init__(self, layers: Sequence[Layer], need: Callable[[int], None]) -> None:
         self._layers = layers
+        self._need = need
         self._open: list[Blob] = []
 
     def openers(self) -> list[Callable[[], tar.Reader]]:
@@ -63,6 +66,7 @@ class _Blobs:
         self.finish()  # One at a time: the layer before has been read to its end of archive.
         blob = Blob(layer.open(), layer.digest, layer.offset, layer.bytes, layer.growing)
         self._open.append(blob)
+        self._need(blob.window_bytes)
         return tar.Reader(blob.read)
 
     def finish(self) -> None:
@@ -92,19 +96,27 @@ class _Squashfs:
             self._writer.add(member.name, mode, member.mtime, member.target, member.size, member.xattrs)
 
 
-def pack(layers: Sequence[Layer], lowest: bool, limits: Limits, packing: Packing, path: str) -> None:
+def pack(
+    layers: Sequence[Layer],
+    lowest: bool,
+    limits: Limits,
+    packing: Packing,
+    path: str,
+    need: Callable[[int], None] = lambda memory_bytes: None,
+) -> None:
     """Write the squashfs file of some adjacent layers.
 
     Args:
         lowest: nothing is below these layers, so that whiteouts need not be kept.
         path: the output; a file that is there is overwritten.
+        need: is told how many bytes of memory are expected to be needed, and may wait.
 
     Raises:
         BadArchive, BadLayer, BadBlob, TooLarge: the layers; NeedsBase: they need those below;
         PackFailed: the file cannot be written; FileNotFoundError: zstd is not installed; MemoryError.
     """
-    blobs = _Blobs(layers)
-    merge = Merge(blobs.openers(), lowest, limits)
+    blobs = _Blobs(layers, need)
+    merge = Merge(blobs.openers(), lowest, limits, need)
     try:
         try:
             _into_squashfs(merge.write, blobs, packing, path)
@@ -121,16 +133,16 @@ def pack(layers: Sequence[Layer], lowest: bool, limits: Limits, packing: Packing
 
 
 def _into_squashfs(produce: Callable[[Output], None], blobs: _Blobs, packing: Packing, path: str) -> None:
-    workers = compressors()
+    workers = compressors(packing.block_bytes)
     with squash.Writer(path, packing.compression, packing.level, packing.block_bytes, workers) as writer:
         produce(_Squashfs(writer))
         blobs.finish()
         writer.finish()
 
 
-def compressors() -> int:
-    """Compressing threads of one converter."""
-    return min(len(os.sched_getaffinity(0)), COMPRESSORS)
+def compressors(block_bytes: int) -> int:
+    """Compressing threads of one converter, for blocks of so many bytes."""
+    return max(1, min(len(os.sched_getaffinity(0)), COMPRESSORS, BLOCKS_BYTES // block_bytes))
 
 
 def open_path(path: str) -> Callable[[], int]:

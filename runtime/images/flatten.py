@@ -28,10 +28,19 @@ class Directory:
     __slots__ = ("children", "entry", "opaque", "touched")
 
     def __init__(self, layer: int) -> None:
-        self.children: dict[bytes, Directory | int] = {}
+        self.children = _NOTHING
         self.entry = WHITEOUT
         self.opaque = False
         self.touched = layer
+
+    def put(self, name: bytes, what: Directory | int) -> None:
+        if self.children is _NOTHING:
+            self.children = {}
+        self.children[name] = what
+
+
+# Of all directories without children: a third of their memory.
+_NOTHING: dict[bytes, Directory | int] = {}
 
 
 class Tree:
@@ -79,7 +88,8 @@ class Tree:
         before = directory.children.get(name)
         if member.kind == tar.DIRECTORY:
             if not isinstance(before, Directory):
-                after = directory.children[name] = Directory(self._layer)
+                after = Directory(self._layer)
+                directory.put(name, after)
                 # What was there hid what the layers below have by that name; the directory would show it again.
                 after.opaque = before is not None and not self._lowest
                 before = after
@@ -88,7 +98,7 @@ class Tree:
         elif member.kind == tar.LINK:
             self._link(directory, name, member)
         elif member.kind in (tar.FILE, tar.FIFO, tar.SYMLINK):
-            directory.children[name] = number
+            directory.put(name, number)
             if member.kind == tar.SYMLINK:
                 self._symlinks[number] = member.target
         else:  # A device: it is left out, and what it replaced is gone.
@@ -108,7 +118,7 @@ class Tree:
             raise BadLayer(f"a hard link to a file that is not there ({shown(member.name)})")
         if isinstance(target, Directory):
             raise BadLayer(f"a hard link to a directory ({shown(member.name)})")
-        directory.children[name] = target
+        directory.put(name, target)
         self.linked.add(target)
         self._linked_now.add((id(directory), name))
 
@@ -152,7 +162,8 @@ class Tree:
                     raise BadLayer(f"a member below a file that is no directory ({shown(b'/'.join(parts))})")
                 if not create:
                     return None, place
-                found = here.children[name] = Directory(self._layer)
+                found = Directory(self._layer)
+                here.put(name, found)
                 self.implied += 1
             here = found
             if create:
@@ -208,7 +219,7 @@ class Tree:
         if self._lowest:
             directory.children.pop(name, None)
         else:
-            directory.children[name] = WHITEOUT
+            directory.put(name, WHITEOUT)
 
     # --- what is left -----------------------------------------------------------------------------------------
 

@@ -18,7 +18,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from enclos.runtime import errors, linux, protocol
-from enclos.runtime.images import convert
+from enclos.runtime.images import convert, turn
 from enclos.runtime.images.blob import BadBlob
 from enclos.runtime.images.convert import Layer, PackFailed
 from enclos.runtime.images.layout import Store
@@ -28,9 +28,12 @@ from enclos.runtime.images.rules import BadLayer, NeedsBase, TooLarge
 from enclos.runtime.images.sandbox import Rights, Sandbox
 from enclos.runtime.images.sandboxes import Sandboxes, ended
 from enclos.runtime.images.tar import BadArchive
+from enclos.runtime.images.turn import Turn
 
 CONVERTERS = 4
 HASH_BYTES = 1 << 20
+# Of the memory that one converter may have, how much those may that work beside it: `imports.memory` divided by this.
+SMALL_PART = 16
 
 
 class Whole(Exception):
@@ -84,6 +87,7 @@ class Build:
         self._growing: dict[str, str] = {}  # Digests, and the names of their files.
         self._converting: dict[Sandbox, tuple[int, int]] = {}
         self._made = 0
+        self._turn_fd = turn.create()
 
     def run(self, open_blob: OpenBlob, fetcher: Sandbox | None = None, config: str | None = None) -> str:
         """Make all parts that are wanted; the image's configuration.
@@ -117,6 +121,7 @@ class Build:
             for _, output_fd in self._converting.values():
                 self._store.drop_part(output_fd)
                 os.close(output_fd)
+            os.close(self._turn_fd)
         return self._config or "{}"
 
     def _hear_fetcher(self, fetcher: Sandbox) -> None:
@@ -177,9 +182,12 @@ class Build:
         order = self._order
         output_fd = self._store.part_file()
         os.fchown(output_fd, order.slot, order.slot)
-        job = job_convert(order, [layer for _, layer in opened], index == 0, output_fd)
+        turn_fd = turn.share(self._turn_fd)
+        job = job_convert(order, [layer for _, layer in opened], index == 0, output_fd, turn_fd)
         rights = Rights(order.slot, False, order.memory, self._room(), own=order.own)
-        running = self._sandboxes.start("convert", job, rights, fds=[output_fd, *(fd for fd, _ in opened)])
+        fds = [output_fd, turn_fd, *(fd for fd, _ in opened)]
+        running = self._sandboxes.start("convert", job, rights, fds=fds)
+        os.close(turn_fd)
         self._converting[running] = (index, output_fd)
 
     def _room(self) -> int:
@@ -216,13 +224,16 @@ class Build:
         self._sandboxes.tell("progress", ("text", f"{self._total - left} of {self._total} parts"))
 
 
-def job_convert(order: Order, layers: Sequence[Layer], lowest: bool, output_fd: int) -> Callable[[socket.socket], None]:
+def job_convert(
+    order: Order, layers: Sequence[Layer], lowest: bool, output_fd: int, turn_fd: int
+) -> Callable[[socket.socket], None]:
     """The sandbox's job: some layers to one squashfs file, which is open already."""
 
     def run(channel: socket.socket) -> None:
+        need = Turn(turn_fd, order.memory // SMALL_PART).need
         shown = layers[0].digest if len(layers) == 1 else ""
         try:
-            convert.pack(layers, lowest, order.limits, order.packing, f"/proc/self/fd/{output_fd}")
+            convert.pack(layers, lowest, order.limits, order.packing, f"/proc/self/fd/{output_fd}", need)
         except NeedsBase:
             protocol.send(channel, [("state", "whole")])
         except TooLarge as error:

@@ -133,19 +133,26 @@ static int keep_text(struct squash *squash, const char *text, size_t bytes, uint
 
 /* --- the tree ------------------------------------------------------------------------------------------------------ */
 
-/* A polynomial at a secret place, modulo a prime: nobody can choose names that collide without knowing it. */
+static uint64_t times_secret(const struct squash *squash, uint64_t value)
+{
+	unsigned __int128 product = (unsigned __int128)value * squash->secret;
+	uint64_t folded = (uint64_t)(product & PRIME) + (uint64_t)(product >> 61);
+
+	return (folded & PRIME) + (folded >> 61);
+}
+
+/* A polynomial at a secret place, modulo a prime: nobody can choose names that collide without knowing it. The last
+ * piece is multiplied, too: the table takes the lowest bits, and those of a piece are its first characters. */
 static uint64_t hash(const struct squash *squash, uint32_t parent, const char *name, size_t bytes)
 {
-	uint64_t value = (uint64_t)parent + 1;
+	uint64_t value = times_secret(squash, (uint64_t)parent + 1);
 	size_t at;
 
 	for (at = 0; at < bytes; at += 7) {
-		unsigned __int128 product = (unsigned __int128)value * squash->secret;
 		uint64_t piece = 0;
 
 		memcpy(&piece, name + at, bytes - at < 7 ? bytes - at : 7);
-		value = (uint64_t)(product & PRIME) + (uint64_t)(product >> 61) + piece;
-		value = (value & PRIME) + (value >> 61);
+		value = times_secret(squash, value + piece);
 	}
 	return value;
 }

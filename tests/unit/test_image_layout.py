@@ -125,6 +125,6 @@ def test_room_is_made_for_what_comes(tmp_path: Path) -> None:
 def test_a_node_with_hundreds_of_processors(monkeypatch: pytest.MonkeyPatch) -> None:
     """All converters of an import and skopeo share the processes that a sandbox's user may have."""
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(256)))
-    threads = convert.compressors() + 4  # With its main thread, the one that decompresses, zstd, and one to spare.
+    threads = convert.compressors(131072) + 4  # Its own two, zstd, one to spare.
     started = fetch._start(["sh", "-c", "echo $GOMAXPROCS"], subprocess.PIPE).communicate()[0]
     assert threads * parts.CONVERTERS + 8 * int(started) < Rights(0, True, 0, 0).processes

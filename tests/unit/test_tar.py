@@ -117,7 +117,8 @@ class Nowhere:
 )
 def test_what_describes_a_file_counts_as_its_bytes(pieces: Iterable[bytes]) -> None:
     stream = Stream(pieces)
-    merge = Merge([lambda: Reader(stream.read)], lowest=True, limits=Limits(10_000, 1 << 20))
+    limits = Limits(10_000, 1 << 20)
+    merge = Merge([lambda: Reader(stream.read)], lowest=True, limits=limits, need=lambda memory_bytes: None)
     with pytest.raises(TooLarge, match="more than 1048576 bytes unpacked"):
         merge.write(Nowhere())
 
