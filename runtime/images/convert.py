@@ -103,8 +103,8 @@ def pack(
     packing: Packing,
     path: str,
     need: Callable[[int], None] = lambda memory_bytes: None,
-) -> None:
-    """Write the squashfs file of some adjacent layers.
+) -> int:
+    """Write the squashfs file of some adjacent layers; returns the number of files of all kinds in it.
 
     Args:
         lowest: nothing is below these layers, so that whiteouts need not be kept.
@@ -119,10 +119,10 @@ def pack(
     merge = Merge(blobs.openers(), lowest, limits, need)
     try:
         try:
-            _into_squashfs(merge.write, blobs, packing, path)
+            return _into_squashfs(merge.write, blobs, packing, path)
         except (Repeat, squash.Conflict):
             blobs.close()
-            _into_squashfs(merge.write_twice, blobs, packing, path)
+            return _into_squashfs(merge.write_twice, blobs, packing, path)
     except (tar.BadArchive, BadLayer):
         blobs.finish()  # A blob that is not the one that was meant is the better answer.
         raise
@@ -132,12 +132,13 @@ def pack(
         blobs.close()
 
 
-def _into_squashfs(produce: Callable[[Output], None], blobs: _Blobs, packing: Packing, path: str) -> None:
+def _into_squashfs(produce: Callable[[Output], None], blobs: _Blobs, packing: Packing, path: str) -> int:
     workers = compressors(packing.block_bytes)
     with squash.Writer(path, packing.compression, packing.level, packing.block_bytes, workers) as writer:
         produce(_Squashfs(writer))
         blobs.finish()
         writer.finish()
+        return writer.count() - 1  # The root is in all.
 
 
 def compressors(block_bytes: int) -> int:

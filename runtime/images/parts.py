@@ -87,6 +87,7 @@ class Build:
         self._growing: dict[str, str] = {}  # Digests, and the names of their files.
         self._converting: dict[Sandbox, tuple[int, int]] = {}
         self._made = 0
+        self._files = 0  # Of parts that this import makes; those in the cache are not counted again.
         self._turn_fd = turn.create()
 
     def run(self, open_blob: OpenBlob, fetcher: Sandbox | None = None, config: str | None = None) -> str:
@@ -207,6 +208,10 @@ class Build:
             raise errors.import_failed(self._order.image, ended(running.wait()))
         if message.get("state") == "whole":
             raise Whole
+        self._files += message.number("files")
+        if self._files > self._order.limits.members:
+            detail = f"more than {self._order.limits.members} files"
+            raise errors.image_too_large(self._order.image, detail, "imports.limit_files")
         index, output_fd = self._converting.pop(running)
         try:
             # Until the last process of the sandbox is dead, the file may change.
@@ -233,7 +238,7 @@ def job_convert(
         need = Turn(turn_fd, order.memory // SMALL_PART).need
         shown = layers[0].digest if len(layers) == 1 else ""
         try:
-            convert.pack(layers, lowest, order.limits, order.packing, f"/proc/self/fd/{output_fd}", need)
+            count = convert.pack(layers, lowest, order.limits, order.packing, f"/proc/self/fd/{output_fd}", need)
         except NeedsBase:
             protocol.send(channel, [("state", "whole")])
         except TooLarge as error:
@@ -258,7 +263,7 @@ def job_convert(
                     failed = errors.import_failed(order.image, str(error))
             protocol.send(channel, failed.fields())
         else:
-            protocol.send(channel, [("state", "packed")])
+            protocol.send(channel, [("state", "packed"), ("files", str(count))])
 
     return run
 

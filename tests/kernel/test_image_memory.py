@@ -13,7 +13,8 @@ from enclos.runtime.images import tar, turn
 from enclos.runtime.images.layout import Store
 from enclos.runtime.images.order import Limits
 from enclos.runtime.images.tar import Member
-from test_image_import import Import, home, store
+from layers import Entry, layer
+from test_image_import import Import, home, left, store
 from test_image_odd import in_layout
 
 __all__ = ["home", "store"]
@@ -90,6 +91,22 @@ def test_an_image_that_needs_more_than_it_may_have(store: Store, home: Path) -> 
     assert message["cause"] == [f"its names need more than {48 << 20} bytes of memory"]
     assert "imports.memory" in message["hint"][0]
     assert not os.listdir(f"{store.directory}/parts")
+
+
+def test_the_limit_of_files_is_the_images(store: Store, home: Path) -> None:
+    """Each of the parts is below it."""
+    noise = os.urandom(25 << 20)
+    layers = [layer([Entry("d", "dir"), Entry(f"d/{name}", data=noise), Entry(f"d/{name}{name}")]) for name in "ab"]
+    image = in_layout(home, layers)
+    for limit, states in ((5, ["error"]), (6, ["part", "part", "done"])):
+        running = Import(image, store, limits=Limits(limit, 1 << 40))
+        assert running.receive()["state"] == ["resolved"]
+        running.go()
+        messages = [message for message in iter(running.receive, {}) if message["state"] != ["part"] or limit == 6]
+        assert [message["state"][0] for message in messages] == states
+        if limit == 5:
+            assert messages[0]["cause"] == ["more than 5 files"]
+            assert not left(store)["images"]
 
 
 def test_one_large_converter_at_a_time() -> None:
