@@ -74,11 +74,14 @@ test-releases: all ## what depends on Slurm's release, on the other two, as root
 	done; exit $$status
 
 # The first time, the kernels are downloaded, to /var/cache/enclos-vm: a minute.
-test-vm: all ## the tests marked vm on Linux 6.1 and the newest, in qemu, as root
+test-vm: all ## the tests marked vm on Linux 6.1 and the newest, in qemu, and on Slurm's releases there, as root
 	@tests/part vm tests/vm
 	@status=0; for kernel in $(GUESTS); do \
 	    echo "== Linux $$kernel"; \
 	    tests/part --kernel "$$kernel" "vm-$$kernel" || status=1; \
+	done; for release in $(RELEASES); do \
+	    echo "== Slurm $$release on cgroup v2"; \
+	    tests/part --kernel new --slurm "$$release" "vm-slurm-$$release" || status=1; \
 	done; exit $$status
 
 test-vm-all: all ## every kernel and cluster test on the newest Linux, in qemu: takes hours

@@ -176,10 +176,12 @@ def _files(folder: Path) -> Iterable[str]:
 
 
 def _cgroups(cluster: Cluster, node: str) -> Iterable[str]:
-    """Control groups that somebody made on the node below those the machine had: Slurm's for steps, or ours."""
+    """Control groups that somebody made on the node below those the machine had: Slurm's for jobs, or ours."""
     for parent, folders, _ in os.walk(cluster.path_on(node, "/sys/fs/cgroup")):
+        # A job's has another name by release; the two of Slurm's own stay.
+        jobs = set(folders) - {"system", "slurmd"} if parent.endswith("slurmstepd.scope") else set()
         for name in folders:
-            if name.startswith(("job_", "step_", "task_", "enclos")):
+            if name in jobs or name.startswith(("step_", "task_", "enclos")):
                 yield str(Path(parent, name)).partition("/sys/fs/cgroup/")[2]
 
 

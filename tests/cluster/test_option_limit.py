@@ -61,6 +61,7 @@ def test_quota_and_affinity_are_different(limited: Cluster) -> None:
 
 
 @pytest.mark.vm
+@pytest.mark.vm_slurm
 def test_who_is_killed_is_told_why(limited: Cluster, limited_leftovers: Leftovers) -> None:
     """The whole step ends, tasks that allocate nothing, too; and nothing remains."""
     script = f'[ $SLURM_LOCALID = 0 ] && {EAT.format(bytes=80 << 20)}; sleep 100'
