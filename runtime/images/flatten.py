@@ -9,7 +9,17 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 from enclos.runtime.images import tar
-from enclos.runtime.images.rules import OPAQUE, PATH_LIMIT, WHITEOUT_PREFIX, BadLayer, NeedsBase, shown, split
+from enclos.runtime.images.rules import (
+    NAME_LIMIT,
+    OPAQUE,
+    PATH_LIMIT,
+    WHITEOUT_PREFIX,
+    BadLayer,
+    NeedsBase,
+    shown,
+    split,
+    symlink_target,
+)
 from enclos.runtime.images.tar import Member
 
 LAYER_BITS = 40
@@ -100,7 +110,7 @@ class Tree:
         elif member.kind in (tar.FILE, tar.FIFO, tar.SYMLINK):
             directory.put(name, number)
             if member.kind == tar.SYMLINK:
-                self._symlinks[number] = member.target
+                self._symlinks[number] = symlink_target(member)
         else:  # A device: it is left out, and what it replaced is gone.
             self._delete(directory, name)
 
@@ -162,6 +172,8 @@ class Tree:
                     raise BadLayer(f"a member below a file that is no directory ({shown(b'/'.join(parts))})")
                 if not create:
                     return None, place
+                if len(name) > NAME_LIMIT:
+                    raise BadLayer(f"a symlink to a name longer than {NAME_LIMIT} bytes ({shown(b'/'.join(parts))})")
                 found = Directory(self._layer)
                 here.put(name, found)
                 self.implied += 1

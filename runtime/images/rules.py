@@ -20,6 +20,9 @@ OPAQUE_XATTR = {b"user.overlay.opaque": b"y"}
 WHITEOUTS_XATTR = {b"user.overlay.origin": b""}
 NAME_LIMIT = 255
 PATH_LIMIT = 4095
+# XATTR_NAME_MAX and XATTR_SIZE_MAX of linux/limits.h.
+XATTR_NAME_LIMIT = 255
+XATTR_VALUE_LIMIT = 65536
 LAST_TIME = 2**32 - 1
 
 
@@ -88,7 +91,7 @@ def put_file(reader: tar.Reader, path: bytes, member: Member, out: Output) -> No
     """Write a file with its data, a symlink or a fifo."""
     size = member.size if member.kind == tar.FILE else 0
     xattrs = kept_xattrs(member) if member.kind == tar.FILE else {}
-    target = member.target if member.kind == tar.SYMLINK else b""
+    target = symlink_target(member) if member.kind == tar.SYMLINK else b""
     out.put(Member(path, member.kind, size, kept_mode(member), kept_time(member), target, xattrs))
     if size:
         reader.copy(member, out.write)
@@ -98,13 +101,31 @@ def kept_mode(member: Member) -> int:
     return stat.S_IMODE(member.mode) & 0o1777
 
 
+def symlink_target(member: Member) -> bytes:
+    """A symlink's target. Raises BadLayer for one that no file system takes."""
+    target = member.target
+    if 0 < len(target) <= PATH_LIMIT and b"\0" not in target:
+        return target
+    wrong = f"is longer than {PATH_LIMIT} bytes" if len(target) > PATH_LIMIT else "is empty or has a NUL in it"
+    raise BadLayer(f"the target of the symlink {shown(member.name)} {wrong}")
+
+
 def kept_xattrs(member: Member) -> dict[bytes, bytes]:
-    """Only a user's own: the others are rights (file capabilities, ACLs of foreign ids) or an overlay's orders."""
-    return {
+    """Only a user's own: the others are rights (file capabilities, ACLs of foreign ids) or an overlay's orders.
+
+    Raises BadLayer for what Linux takes from nobody: written all the same, it would be read as something else.
+    """
+    found = {
         key: value
         for key, value in member.xattrs.items()
         if key.startswith(b"user.") and not key.startswith(b"user.overlay.")
     }
+    for key, value in found.items():
+        if not len(b"user.") < len(key) <= XATTR_NAME_LIMIT or b"\0" in key:
+            raise BadLayer(f"{shown(member.name)} has an extended attribute whose name is none ({shown(key)})")
+        if len(value) > XATTR_VALUE_LIMIT:
+            raise BadLayer(f"{shown(member.name)} has an extended attribute of more than {XATTR_VALUE_LIMIT} bytes")
+    return found
 
 
 def kept_time(member: Member) -> int:

@@ -35,6 +35,11 @@
 
 #define NONE UINT32_MAX
 #define NAME_BYTES 255
+/* What the kernel takes: it refuses a symlink whose target does not fit one page. Names of extended attributes have 16
+ * bits in a file; the library writes longer ones, and then the kernel reads their bytes as attributes. */
+#define TARGET_BYTES 4095
+#define XATTR_NAME_BYTES 255
+#define XATTR_VALUE_BYTES 65536
 #define IMPLIED_MODE (S_IFDIR | 0755)
 /* Stack of a compressing thread; as shipped it is 8 MB, which counts against RLIMIT_DATA. */
 #define STACK_BYTES (512 << 10)
@@ -200,7 +205,7 @@ static int add_entry(struct squash *squash, uint32_t parent, const char *name, s
 	struct entry entry = {.parent = parent, .xattrs = NONE, .mode = mode, .links = !S_ISDIR(mode)};
 	int status;
 
-	if (bytes == 0 || bytes > NAME_BYTES || memchr(name, '\0', bytes) != NULL)
+	if (bytes == 0 || bytes > NAME_BYTES)
 		return SQFS_ERROR_ARG_INVALID;
 	if ((status = grow((void **)&squash->entries, &squash->entries_room, squash->count, 1, sizeof(entry))) != 0)
 		return status;
@@ -226,6 +231,8 @@ static int walk(struct squash *squash, const char *path, size_t bytes, int make,
 
 	*directory = 0;
 	*last = 0;
+	if (memchr(path, '\0', bytes) != NULL)
+		return SQFS_ERROR_ARG_INVALID;
 	while ((slash = memchr(path + *last, '/', bytes - *last)) != NULL) {
 		size_t length = slash - path - *last;
 		uint32_t slot = *slot_of(squash, *directory, path + *last, length);
@@ -418,6 +425,8 @@ int squash_xattr(struct squash *squash, const char *key, const void *value, size
 {
 	int status;
 
+	if (strlen(key) > XATTR_NAME_BYTES || value_bytes > XATTR_VALUE_BYTES)
+		return SQFS_ERROR_ARG_INVALID;
 	if (!squash->in_xattrs && (status = sqfs_xattr_writer_begin(squash->xattrs, 0)) != 0)
 		return status;
 	squash->in_xattrs = 1;
@@ -447,6 +456,8 @@ int squash_add(struct squash *squash, const char *path, size_t path_bytes, uint1
 
 	if ((status = end_file(squash)) != 0 || (status = end_xattrs(squash, &xattrs)) != 0)
 		return status;
+	if (S_ISLNK(mode) && strlen(target) > TARGET_BYTES)
+		return SQFS_ERROR_ARG_INVALID;
 	if (path_bytes != 1 || path[0] != '.') {
 		if ((status = walk(squash, path, path_bytes, 1, &directory, &last)) != 0)
 			return status;
@@ -700,11 +711,13 @@ static sqfs_inode_generic_t *new_inode(size_t payload_bytes)
 static sqfs_inode_generic_t *file_inode(const struct squash *squash, const struct entry *entry)
 {
 	struct description found = {.fragment = NONE, .fragment_offset = NONE};
-	const uint32_t *words = squash->words + entry->data - 1;
+	const uint32_t *words = NULL;
 	sqfs_inode_generic_t *inode;
 
-	if (entry->data != 0)
+	if (entry->data != 0) {
+		words = squash->words + entry->data - 1;
 		memcpy(&found, words, sizeof(found));
+	}
 	inode = new_inode(found.blocks * sizeof(uint32_t));
 	if (inode == NULL)
 		return NULL;

@@ -338,6 +338,21 @@ def test_sparse_files_of_gnu_tar(tmp_path: Path, gnu: str) -> None:
         ([Entry("x" * 256)], "the member " + "x" * 100 + "… has a name longer than 255 bytes"),
         ([Entry("l", "symlink", target="l"), Entry("l/f")], "symlinks that lead in a circle (l)"),
         ([Entry(".", "symlink", target="/etc")], "the root directory is no directory"),
+        ([Entry("l", "symlink")], "the target of the symlink l is empty or has a NUL in it"),
+        ([Entry("l", "symlink", target="\0/etc")], "the target of the symlink l is empty or has a NUL in it"),
+        ([Entry("l", "symlink", target="t" * 4096)], "the target of the symlink l is longer than 4095 bytes"),
+        (
+            [Entry("l", "symlink", target="t" * 256), Entry("l/f")],
+            "a symlink to a name longer than 255 bytes (l)",
+        ),
+        # libsquashfs writes 16 bits of a name's length: the kernel took such a name's bytes for attributes.
+        (
+            [Entry("f", xattrs={"user." + "\1" * 65536: ""})],
+            "f has an extended attribute whose name is none (user." + "\1" * 95 + "…)",
+        ),
+        ([Entry("f", xattrs={"user.": "x"})], "f has an extended attribute whose name is none (user.)"),
+        ([Entry("f", xattrs={"user.a\0b": "x"})], "f has an extended attribute whose name is none (user.a\0b)"),
+        ([Entry("d", "dir", xattrs={"user.a": "x" * 65537})], "d/ has an extended attribute of more than 65536 bytes"),
     ],
 )
 def test_what_is_refused(tmp_path: Path, made: list[Entry], words: str) -> None:

@@ -111,6 +111,27 @@ def test_what_is_there_already(tmp_path: Path) -> None:
         assert os.listdir(root / "d") == []
 
 
+def test_longest_names_and_values(tmp_path: Path) -> None:
+    """What the kernel takes is written, and one byte more is refused: a file would say something else by it."""
+    target, key, value = b"t" * 4095, b"user." + b"k" * 250, bytes(65536)
+    with writer(tmp_path / "out") as out:
+        out.add(b"l", SYMLINK, 0, target)
+        out.add(b"f", FILE, 0, xattrs={key: value})
+        out.finish()
+    with mounted(tmp_path / "out", tmp_path / "mnt") as root:
+        assert os.readlink(root / "l").encode() == target
+        assert os.listxattr(root / "f") == [key.decode()]
+        assert os.getxattr(root / "f", key) == value
+    with writer(tmp_path / "out") as out:
+        for mode, longer, xattrs in (
+            (SYMLINK, target + b"t", {}),
+            (FILE, b"", {key + b"k": b""}),
+            (FILE, b"", {key: value + b"v"}),
+        ):
+            with pytest.raises(SquashError):
+                out.add(b"x", mode, 0, longer, xattrs=xattrs)
+
+
 @pytest.mark.parametrize("place", ["/proc/self/fd/999", "/nowhere/out", "/dev/full"])
 def test_a_file_that_cannot_be_written(place: str) -> None:
     with pytest.raises(SquashError), Writer(place, "zstd", 0, BLOCK, 1) as out:
