@@ -13,6 +13,7 @@ import os
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from enclos.netns import link, nldev
@@ -40,11 +41,15 @@ class Interface:
 
 @dataclass(frozen=True, slots=True)
 class Movable:
-    """A device with what has to be known to bring it back. Goes into a record."""
+    """A device with what has to be known to bring it back, and for the site. Goes into a record.
+
+    `ports` are the GUIDs of its InfiniBand ports.
+    """
 
     guid: int
     name: str
     interfaces: tuple[Interface, ...]
+    ports: tuple[int, ...] = ()
 
     def record(self) -> dict[str, Any]:
         """For JSON."""
@@ -54,7 +59,8 @@ class Movable:
     def of_record(found: dict[str, Any]) -> Movable:
         """What `record` made; raises KeyError, TypeError or ValueError for anything else."""
         rows = tuple(Interface(str(row["name"]), str(row["mac"]), bool(row["up"])) for row in found["interfaces"])
-        return Movable(int(found["guid"]), str(found["name"]), rows)
+        ports = tuple(int(port) for port in found.get("ports", ()))
+        return Movable(int(found["guid"]), str(found["name"]), rows, ports)
 
 
 class Address(NamedTuple):
@@ -80,7 +86,21 @@ def inspect(name: str, underlay_ifindex: int = 0) -> Movable:
     if reason:
         raise DeviceInUse(name, reason)
     rows = tuple(Interface(card.name, card.mac.hex(":"), bool(card.flags & link.IFF_UP)) for card in cards)
-    return Movable(device.node_guid, name, rows)
+    return Movable(device.node_guid, name, rows, port_guids(name))
+
+
+def port_guids(name: str, sysfs: str = SYSFS) -> tuple[int, ...]:
+    """The GUIDs by which a subnet manager knows a device's ports; none where they are not InfiniBand's.
+
+    A port's first address ends in its GUID (IBTA vol. 1, 4.1.1). netlink does not tell it.
+    """
+    folder = Path(sysfs, name, "ports")
+    found: list[int] = []
+    with suppress(OSError):
+        for port in sorted(folder.iterdir(), key=lambda path: int(path.name)):
+            if (port / "link_layer").read_text().strip() == "InfiniBand":
+                found.append(int((port / "gids/0").read_text().strip().replace(":", "")[-16:], 16))
+    return tuple(found)
 
 
 def _cards(nl: Netlink, route: Netlink, device: nldev.RdmaDevice) -> list[Card]:

@@ -42,6 +42,7 @@ async def run(command: str, event: str, numbers: Numbers, movable: Movable, dead
         "ENCLOS_VNI": str(numbers.vni),
         "ENCLOS_DEVICE": movable.name,
         "ENCLOS_GUID": format_guid(movable.guid),
+        "ENCLOS_PORT_GUIDS": " ".join(format_guid(port) for port in movable.ports),
         "ENCLOS_INTERFACES": " ".join(row.name for row in movable.interfaces),
     }
     try:

@@ -136,6 +136,7 @@ def test_recorded_before_it_moves_and_forgotten_when_it_is_back(
         "guid": 1,
         "name": "mlx5_0",
         "interfaces": [{"name": "p0", "mac": "02:00:00:00:00:00", "up": False}],
+        "ports": [],
         "job": 7,
         "tenant": 7,
         "vni": 8,

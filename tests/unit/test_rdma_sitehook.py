@@ -15,6 +15,7 @@ MOVABLE = Movable(
     0x0C42A1030065A6F2,
     "mlx5_3",
     (Interface("p0v1", "02:00:00:00:00:01", False), Interface("ib0", "02:00:00:00:00:02", True)),
+    (0x0C42A1030065A6F3, 0x0C42A1030065A6F4),
 )
 
 
@@ -36,6 +37,7 @@ def test_what_it_gets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         "ENCLOS_GUID=0c42:a103:0065:a6f2\n"
         "ENCLOS_INTERFACES=p0v1 ib0\n"
         "ENCLOS_JOB=4712\n"
+        "ENCLOS_PORT_GUIDS=0c42:a103:0065:a6f3 0c42:a103:0065:a6f4\n"
         "ENCLOS_TENANT=job4711\n"
         "ENCLOS_VNI=4713\n"
         f"PATH={sitehook.PATH}\n"

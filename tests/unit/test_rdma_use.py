@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 from enclos.netns import link, nldev, rdmamove
 from enclos.netns.link import Card, LinkAddress
@@ -61,6 +63,28 @@ def test_what_goes_over_its_interface(
     monkeypatch.setattr(link, "list_route_links", lambda _nl: routes)
     monkeypatch.setattr(link, "list_cards", lambda _nl: cards)
     assert rdmamove._carries(None, cards[:1], underlay) == reason  # type: ignore[arg-type]
+
+
+def test_guids_of_ports_are_those_of_infiniband(tmp_path: Path) -> None:
+    """As OpenSM's partitions have them: not always the device's own."""
+    for number, layer, address in (
+        (10, "InfiniBand", "fe80:0000:0000:0000:0c42:a103:0065:a6fc"),
+        (1, "InfiniBand", "fec0:0000:0000:0001:0c42:a103:0065:a6f3"),
+        (2, "Ethernet", "fe80:0000:0000:0000:5054:00ff:fe00:0000"),
+    ):
+        port = tmp_path / "mlx5_0/ports" / str(number)
+        (port / "gids").mkdir(parents=True)
+        (port / "gids/0").write_text(f"{address}\n")
+        (port / "link_layer").write_text(f"{layer}\n")
+    assert rdmamove.port_guids("mlx5_0", str(tmp_path)) == (0x0C42A1030065A6F3, 0x0C42A1030065A6FC)
+    assert rdmamove.port_guids("mlx5_7", str(tmp_path)) == ()
+
+
+def test_a_record_that_an_older_agent_made_has_no_ports() -> None:
+    made = rdmamove.Movable(1, "mlx5_0", (), (7, 8))
+    assert rdmamove.Movable.of_record(made.record()) == made
+    older = {name: value for name, value in made.record().items() if name != "ports"}
+    assert rdmamove.Movable.of_record(older).ports == ()
 
 
 def test_the_machines_own_interfaces_and_routes_are_read() -> None:
