@@ -17,8 +17,8 @@ SPANK_SOURCES := $(wildcard spank/*.c spank/*.h spank/*.lds spank/Makefile)
 CFFI_SOURCES := $(wildcard runtime/linux/*.[ch] runtime/linux/build.py runtime/squash/*.[ch] runtime/squash/build.py)
 MYPY_ROOT := build/mypy
 RELEASES ?= 24.11 26.05
-# Also: exclusive, the newest with RDMA devices that move. Not yet part of every run: it has to be timed first.
-GUESTS ?= new 6.1
+# exclusive: the newest, with RDMA devices that move between network namespaces.
+GUESTS ?= new 6.1 exclusive
 
 .DELETE_ON_ERROR:
 .PHONY: all help deps demo test test-here test-unit test-kernel test-cluster test-releases test-vm test-vm-all lint bench install clean
@@ -74,7 +74,7 @@ test-releases: all ## what depends on Slurm's release, on the other two, as root
 	done; exit $$status
 
 # The first time, the kernels are downloaded, to /var/cache/enclos-vm: a minute.
-test-vm: all ## the tests marked vm on Linux 6.1 and the newest, in qemu, and on Slurm's releases there, as root
+test-vm: all ## the tests marked for guests in qemu: two kernels, RDMA that moves, Slurm's releases; as root
 	@tests/part vm tests/vm
 	@status=0; for kernel in $(GUESTS); do \
 	    echo "== Linux $$kernel"; \
@@ -124,6 +124,7 @@ install: $(INSTALLED) ## install for a site: DESTDIR=, prefix=/usr/local, syscon
 	test '$(PLUGIN)' = no || install -m 755 $(SHIM) build/slurm-command build/slurm-opened.so $(DESTDIR)$(libdir)/
 	test -e $(DESTDIR)$(sysconfdir)/enclos/enclos.yaml || install -m 644 conf/enclos.yaml $(DESTDIR)$(sysconfdir)/enclos/
 	sed 's|^ExecStart=.*|ExecStart=$(prefix)/bin/enclosd|' conf/enclosd.service > $(DESTDIR)$(unitdir)/enclosd.service
+	install -D -m 644 -t $(DESTDIR)$(prefix)/lib/udev/rules.d conf/60-enclos.rules
 	install -D -m 644 conf/completion/enclos.bash $(DESTDIR)$(prefix)/share/bash-completion/completions/enclos
 	# Where Slurm's own completion is, as with prefix=/usr, it stays as it is.
 	set -e; for command in srun sbatch salloc; do \

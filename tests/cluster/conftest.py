@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Protocol
 
+import fabric
 import pytest
 from enclos.runtime.cluster import cgroups
 from enclos.runtime.cluster import image as images
@@ -21,6 +22,7 @@ from enclos.runtime.cluster.layout import Layout
 from enclos.runtime.cluster.leftovers import Snapshot, await_same, snapshot
 from enclos.runtime.cluster.releases import own_slurm
 from faults import await_spares, spare, zygote
+from vm import cards, verbs
 
 # Two processors are what a guest has, and memory is what its jobs ask for.
 LIMITED_SLURM = "SelectTypeParameters=CR_CPU_Memory\nDefMemPerCPU=100\nJobAcctGatherType=jobacct_gather/cgroup\n"
@@ -264,6 +266,25 @@ def limited_leftovers(limited: Cluster) -> Leftovers:
     assert (done := limited.run(warm, user="usera", timeout=200)).returncode == 0, done.stderr
     limited.await_idle(60)
     return Leftovers(limited)
+
+
+EXCLUSIVE = """\
+rdma:
+  devices: ["rx*"]
+  hook: /etc/enclos/hook
+images:
+  idle_seconds: 0
+"""
+
+
+@pytest.fixture(scope="session")
+def exclusive(make_cluster: Callable[..., Cluster]) -> Cluster:
+    """Two nodes with two RDMA cards each, which move between namespaces: one kind of guest has that."""
+    cards.require()
+    made = make_cluster(2, config=EXCLUSIVE, cpus=4)
+    fabric.plug_into(made)
+    verbs.install(made.layout.images)
+    return made
 
 
 def require_cgroup2() -> None:

@@ -1,4 +1,4 @@
-"""A RoCE fabric between the nodes of a trial cluster, and an image with what speaks verbs. In a guest: tests/vm.
+"""A RoCE fabric between the nodes of a trial cluster. In a guest: tests/vm.
 
 Each node has two cards (tests/vm/cards.py), and, as the physical function of an SR-IOV card has it, a switch for them
 with VLANs, whose uplinks meet in the fabric. The site's hook puts the port of a card into the VLAN of its job.
@@ -6,20 +6,9 @@ with VLANs, whose uplinks meet in the fabric. The site's hook puts the port of a
 
 from __future__ import annotations
 
-import shutil
-import subprocess
-from pathlib import Path
-
-from enclos.runtime.cluster import image
 from enclos.runtime.cluster.cluster import Cluster
 from vm import cards
 from vm.cards import command
-
-PROGRAMS = ("ibv_rc_pingpong", "ibv_devinfo", "ib_write_bw", "ib_write_lat", "rping")
-# What ldd does not show: the driver's user part, and what threads of rping end with.
-LOADED = ("libibverbs/librxe-rdmav34.so", "libgcc_s.so.1")
-LIBRARIES = Path("/usr/lib/x86_64-linux-gnu")
-IMAGE = "/images/verbs.sqsh"
 
 HOOK = """\
 #!/bin/sh
@@ -72,28 +61,3 @@ def on(cluster: Cluster, node: str, script: str) -> str:
     done = cluster.run(script, node=node)
     assert done.returncode == 0, (script, done.stderr)
     return done.stdout
-
-
-def make_image(images: Path) -> None:
-    """The trial image with verbs: programs, and the driver's user part."""
-    made = image.make("openmpi")
-    root = images / "verbs"
-    subprocess.run(["cp", "-a", str(made.directory), str(root)], check=True)
-    programs = [Path(found) for name in PROGRAMS if (found := shutil.which(name))]
-    assert len(programs) == len(PROGRAMS), "`make deps` installs what is missing"
-    wanted = [*programs, *(LIBRARIES / name for name in LOADED)]
-    add_driver(root, [*wanted, *(library for path in wanted for library in image.libraries(path))])
-    squashed = str(images / "verbs.sqsh")
-    options = ["-all-root", "-noappend", "-quiet", "-no-progress"]
-    subprocess.run(["mksquashfs", str(root), squashed, *options], check=True, stdout=subprocess.DEVNULL)
-
-
-def add_driver(root: Path, files: list[Path]) -> None:
-    """Put files of this machine into an image, among them the driver's user part, and say that it is there."""
-    for path in files:
-        target = root / path.parent.resolve().relative_to("/") / path.name
-        target.parent.mkdir(parents=True, exist_ok=True)
-        target.unlink(missing_ok=True)
-        shutil.copy(path, target)
-    (root / "etc/libibverbs.d").mkdir()
-    (root / "etc/libibverbs.d/rxe.driver").write_text("driver rxe\n")

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from enclos.runtime.cluster import image
-from fabric import LIBRARIES, LOADED, add_driver
+from vm.verbs import LIBRARIES, LOADED, add_driver
 
 IMAGE = "/images/mpi-rdma"
 COMPONENTS = ("mtl_ofi", "pml_cm", "pml_ucx")

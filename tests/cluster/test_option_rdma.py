@@ -125,20 +125,6 @@ def test_a_private_network_promises_what_shared_mode_cannot_give(fabric: Cluster
 
 
 @pytest.mark.vm_new
-def test_the_site_may_share_devices_with_job_networks(fabric: Cluster) -> None:
-    """rdma.mode shared: the nodes as on the host; docs/security.md says what that isolates."""
-    path = fabric.layout.node_etc("n1") / "enclos.yaml"
-    path.write_text(f"{CONFIG}  mode: shared\n")
-    fabric.restart_agent("n1")
-    try:
-        options = ("--container-rdma=enclosrdma1", "--container-network=job")
-        assert inside(fabric, *options) == sorted(["rdma_cm", uverbs("enclosrdma1")])
-    finally:
-        path.write_text(CONFIG)
-        fabric.restart_agent("n1")
-
-
-@pytest.mark.vm_new
 def test_check_says_the_mode_and_the_devices(fabric: Cluster) -> None:
     lines = fabric.run(["enclos", "check"], node="n1", timeout=120).stdout.splitlines()
     assert "ok      RDMA: mode shared; for containers: enclosrdma0 (active), enclosrdma1 (active)" in lines

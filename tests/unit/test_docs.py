@@ -137,12 +137,13 @@ def test_what_is_installed_is_removed() -> None:
     removal = guide[guide.index("\n## Remove\n") :].split("```")[1]
     pages = {f"share/man/man{path.suffix[1:]}/{path.name}" for path in MANUAL}
     made = {"bin/enclos", "bin/enclosd", "bin/enclos-cluster", "lib/enclos", "lib/systemd/system/enclosd.service"}
+    made.add("lib/udev/rules.d/60-enclos.rules")
     completion = {"share/bash-completion/completions/enclos", "share/zsh/site-functions/_enclos"}
     assert pages | made | completion <= set(removal.split())
     recipe = (ROOT / "Makefile").read_text().split("\ninstall:")[1].split("\n\n")[0]
     installed = set(re.findall(r"\$\(prefix\)/((?:share|lib)/[\w/.-]+)", recipe))
     slurms = "share/bash-completion/completions/"
-    assert installed == {f"{slurms}enclos", slurms, "share/zsh/site-functions"}
+    assert installed == {f"{slurms}enclos", slurms, "share/zsh/site-functions", "lib/udev/rules.d"}
     assert f"for f in srun sbatch salloc; do grep -l _enclos_srun {slurms}$f" in removal
 
 

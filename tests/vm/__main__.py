@@ -14,7 +14,7 @@ from pathlib import Path
 from enclos.runtime.cluster import image, releases
 from enclos.runtime.cluster.cluster import Cluster
 
-from vm import guest, kernels, rxe
+from vm import guest, kernels, rxe, verbs
 
 ROOT = Path(__file__).resolve().parents[2]
 # In a guest a feature that is missing is a failure, where the same test skips on the host; and everything takes longer.
@@ -75,10 +75,11 @@ def _serve(machine: guest.Guest, arguments: argparse.Namespace, rest: Sequence[s
         return machine.shell(ROOT)
     if arguments.verb == "run":
         return machine.run(here + shlex.join(arguments.words), arguments.timeout)
-    _warm_up(arguments.slurm)
     words = list(rest)
+    mark = "vm_slurm" if arguments.slurm else MARKS.get(arguments.kernel, "vm")
+    marked = _warm_up(arguments.slurm, mark)
     if not any(word.startswith("tests/") for word in words):
-        words += ["-m", "vm_slurm" if arguments.slurm else MARKS.get(arguments.kernel, "vm"), *TESTS]
+        words += ["-m", mark, *marked]
     if arguments.slurm:
         words += ["--slurm", arguments.slurm]
     # Nobody watches a test run; without colours and a line that is written anew, its log can be read.
@@ -88,18 +89,20 @@ def _serve(machine: guest.Guest, arguments: argparse.Namespace, rest: Sequence[s
     return status
 
 
-def _warm_up(release: str) -> None:
-    """Make here what is slow to make in a guest, and would be lost with it."""
+def _warm_up(release: str, mark: str) -> list[str]:
+    """Make here what is slow to make in a guest, and would be lost with it; the files with tests of that mark."""
     if release not in ("", releases.own_slurm()):
         # The root of that release, and in build/releases our programs for it.
         Cluster.up("vm-warm-up", 1, release=release).down()
     for folder in ("runtime", "netns"):
         compileall.compile_dir(ROOT / folder, quiet=1)
-    # Collecting compiles the tests, with pytest's changes to their assertions.
-    collect = [".venv/bin/pytest", "-q", "--collect-only", *TESTS]
-    subprocess.run(collect, cwd=ROOT, stdout=subprocess.DEVNULL, check=True)
     for mpi in ("openmpi", "mpich"):
         image.make(mpi)
+    verbs.make()
+    # Collecting compiles the tests, with pytest's changes to their assertions. In a guest all files take half a minute.
+    collect = [".venv/bin/pytest", "-q", "--collect-only", "-m", mark, *TESTS]
+    found = subprocess.run(collect, cwd=ROOT, stdout=subprocess.PIPE, text=True, check=True).stdout
+    return list(dict.fromkeys(line.partition("::")[0] for line in found.splitlines() if "::" in line))
 
 
 if __name__ == "__main__":
