@@ -2,9 +2,10 @@
 
     sudo .venv/bin/python -m benchmarks.rdma [--rounds N] [--quick] [--json]
 
-It runs in a guest (tests/vm), between two nodes of a trial cluster with a card each: Soft-RoCE, emulated, so that only
-ratios mean something. Each round measures every case once, in an order that turns: in the node's namespace, in a
-container with the device moved into its job's network, and TCP between the same containers.
+It runs in a guest (tests/vm), between two nodes of a trial cluster with two cards each: Soft-RoCE, emulated, so that
+only ratios mean something. One card of each node stays in the node's namespace, where a step without container uses it;
+the other one moves into the network of a container's job. Both steps stay, so that the two are measured seconds apart:
+each round measures every case once, every second round the other way round. Half of the rounds have cards exchanged.
 """
 
 from __future__ import annotations
@@ -15,31 +16,39 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from enclos.runtime.cluster.cluster import Cluster, Running
+from enclos.runtime.cluster.cluster import Cluster
 
 from benchmarks import command, machine
+from benchmarks.figures import median_interval
 from benchmarks.result import Chart, Claim, Result, Table
+
+if TYPE_CHECKING:
+    from shells import Shells
 
 NAME = "rdma"
 TITLE = "verbs in a container, on the node, and TCP over the overlay"
-ROUNDS, QUICK_ROUNDS = 10, 2
+ROUNDS, QUICK_ROUNDS = 60, 4
 ROOT = Path(__file__).resolve().parents[1]
 GUEST_SECONDS = 1500
 SAMPLES = "rdma-samples.json"
 CONFIG = 'rdma:\n  devices: ["rx*"]\n'
-IMAGE = "/images/verbs.sqsh"
-CASES = ("node", "container", "overlay TCP")
+NODE, CONTAINER, OVERLAY = CASES = ("node", "container", "overlay TCP")
 LATENCY, BANDWIDTH = "latency, us", "bandwidth, MB/s"
 MARGIN = 0.03
+# Which cards are the node's, in the one half of the rounds and in the other.
+HALVES = (("vf1", "vf3"), ("vf0", "vf2"))
+# As the agent's own in 10.78.0.0/16.
+ADDRESSES = {NODE: "10.79.0.2", CONTAINER: "10.78.0.2", OVERLAY: "10.77.0.2"}
 
 # perftest's tables: bytes, iterations, then t_min t_max t_typical ... or BW peak, BW average.
 ROW = re.compile(r"^\s*\d+\s+\d+\s+([\d.]+)\s+([\d.]+)\s+([\d.]+)", re.MULTILINE)
 VERBS = {
-    LATENCY: ("ib_write_lat -F -x 1 -s 2 -n 300", 3),
+    LATENCY: ("ib_write_lat -F -x 1 -s 2 -n 500", 3),
     BANDWIDTH: ("ib_write_bw -F -x 1 -s 65536 -n 100", 2),
 }
 # Round trips of two bytes, then a stream, between two ends of a TCP connection; prints both figures.
@@ -96,8 +105,6 @@ int main(int argc, char **argv)
 }
 """
 
-Start = Callable[[str, str], Running]
-"""Starts a script on a node."""
 Samples = dict[str, dict[str, list[float]]]
 
 
@@ -116,11 +123,13 @@ def judge(samples: Samples, result: Result) -> Result:
     for what, cases in samples.items():
         result.tables.append(Table.of_samples(what, cases))
         result.charts.append(Chart("spread", what.partition(",")[0], f"verbs and TCP: {what}", what[-4:], cases))
+        ratios = [a / b for a, b in zip(cases[CONTAINER], cases[NODE], strict=True)]
+        low, high = median_interval(ratios)
+        text = f"{what}: container to node 1.00 within {MARGIN:.0%} (median of the rounds' ratios, interval of 95 %)"
+        measured = f"{statistics.median(ratios):.3f} ({low:.3f} to {high:.3f})"
+        result.claims.append(Claim(text, measured, low >= 1 - MARGIN and high <= 1 + MARGIN))
         medians = {case: statistics.median(values) for case, values in cases.items()}
-        ratio = statistics.median(a / b for a, b in zip(cases["container"], cases["node"], strict=True))
-        text = f"{what}: container to node 1.00 within {MARGIN:.0%} (median of the rounds' ratios)"
-        result.claims.append(Claim(text, f"{ratio:.3f}", abs(ratio - 1) <= MARGIN))
-        result.notes.append(f"{what}: TCP over the overlay is {medians['overlay TCP'] / medians['node']:.2f} of verbs")
+        result.notes.append(f"{what}: TCP over the overlay is {medians[OVERLAY] / medians[NODE]:.2f} of verbs")
     result.data = dict(samples)
     return result
 
@@ -128,82 +137,68 @@ def judge(samples: Samples, result: Result) -> Result:
 # ---------------------------------------------------------------- in the guest
 
 
-def measure(rounds: int) -> Samples:
-    """All samples, one a round of each case."""
+def measure(rounds: int, into: Path) -> None:
+    """All samples, one a round of each case; written after each round, so that a guest that is ended leaves some."""
     sys.path[:0] = [str(ROOT / "tests"), str(ROOT / "tests/cluster")]
     import fabric
-    from vm import cards
+    from vm import verbs
 
-    cards.require()
     cluster = Cluster.up("bench-rdma", 2, 4, config=CONFIG)
     try:
         fabric.plug_into(cluster)
+        verbs.install(cluster.layout.images)
         source = cluster.layout.shared / "stream.c"
         source.write_text(STREAM)
         subprocess.run(["cc", "-O2", "-static", "-o", cluster.layout.shared / "stream", source], check=True)
-        fabric.make_image(cluster.layout.images)
         samples: Samples = {what: {case: [] for case in CASES} for what in VERBS}
-        for number in range(rounds):
-            turn = number % len(CASES)
-            for case in CASES[turn:] + CASES[:turn]:
-                _once(cluster, case, samples)
-        return samples
+        for half, cards in enumerate(HALVES):
+            with _steps(cluster, cards, f"--container-image={verbs.IMAGE}") as steps:
+                for number in range((rounds + half) // len(HALVES)):
+                    _round(steps, samples, CASES[:: -1 if number % 2 else 1])
+                    into.write_text(json.dumps(samples))
     finally:
         Cluster.remove("bench-rdma")
 
 
-def _once(cluster: Cluster, case: str, samples: Samples) -> None:
-    if case == "overlay TCP":
-        with _container(cluster, "--container-mounts=/shared:/shared:ro") as start:
-            latency, bandwidth = _pair(start, "/shared/stream", "/shared/stream 10.77.0.2").split()
-        samples[LATENCY][case].append(float(latency))
-        samples[BANDWIDTH][case].append(float(bandwidth))
-        return
-    with _node(cluster) if case == "node" else _container(cluster, "--container-rdma=rx0,rx2") as start:
-        peer = "10.78.0.2"
-        for what, (program, column) in VERBS.items():
-            row = ROW.search(_pair(start, program, f"{program} {peer}"))
+@contextmanager
+def _steps(cluster: Cluster, cards: tuple[str, str], image: str) -> Iterator[dict[str, Shells]]:
+    """A step without container, with these cards, and one in containers, to which the other ones move."""
+    from shells import Shells
+
+    rows = list(zip(cluster.nodes, cards, ("10.79.0.1/19", "10.79.0.2/19"), strict=True))
+    for node, card, address in rows:
+        cluster.run(f"ip address add {address} dev {card}", node=node)
+    options = (image, "--container-network=job", "--container-rdma=1", "--container-mounts=/shared:/shared:ro")
+    with Shells(cluster, "usera", cluster.nodes) as bare, Shells(cluster, "usera", cluster.nodes, *options) as inside:
+        yield {NODE: bare, CONTAINER: inside, OVERLAY: inside}
+    cluster.await_idle(60)
+    for node, card, address in rows:
+        cluster.run(f"ip address del {address} dev {card}", node=node)
+
+
+def _round(steps: dict[str, Shells], samples: Samples, order: Sequence[str]) -> None:
+    for case in order:
+        if case == OVERLAY:
+            latency, bandwidth = _pair(steps[case], "/shared/stream", ADDRESSES[case]).split()[-2:]
+            samples[LATENCY][case].append(float(latency))
+            samples[BANDWIDTH][case].append(float(bandwidth))
+    for what, (program, column) in VERBS.items():
+        for case in (case for case in order if case != OVERLAY):
+            row = ROW.search(_pair(steps[case], program, ADDRESSES[case]))
             assert row is not None
             samples[what][case].append(float(row[column]))
 
 
-def _pair(start: Start, server: str, client: str) -> str:
-    """Both ends of one program; what the client printed."""
-    with start("n2", f"timeout 60 {server}") as other:
-        script = f"for i in 1 2 3 4 5 6 7 8; do timeout 60 {client} && exit 0; sleep 1; done; exit 1"
-        with start("n1", script) as one:
-            out, err = one.communicate(timeout=120)
-        other.communicate(timeout=120)
-    if one.returncode or other.returncode:
-        raise RuntimeError(f"{client}: {out}{err}")
-    return str(out)
-
-
-@contextmanager
-def _node(cluster: Cluster) -> Iterator[Start]:
-    """In the nodes' namespaces, where the interfaces have addresses meanwhile."""
-    for node, name, address in (("n1", "vf0", "10.78.0.1"), ("n2", "vf2", "10.78.0.2")):
-        cluster.run(f"ip address add {address}/19 dev {name}", node=node)
-    yield lambda node, script: cluster.popen(["sh", "-c", script], node=node)
-    for node, name, address in (("n1", "vf0", "10.78.0.1"), ("n2", "vf2", "10.78.0.2")):
-        cluster.run(f"ip address del {address}/19 dev {name}", node=node)
-
-
-@contextmanager
-def _container(cluster: Cluster, *options: str) -> Iterator[Start]:
-    """In containers of one job, each end a step."""
-    words = ["salloc", "-N2", "-n2", "-c1", "--no-shell"]
-    found = re.search(r"Granted job allocation (\d+)", cluster.run(words, "usera", timeout=60).stderr)
-    assert found is not None
-    place = ["srun", f"--jobid={found[1]}", "-N1", "-n1", "--overlap", "--container-network=job"]
-
-    def start(node: str, script: str) -> Running:
-        own = [option.replace("rx0,rx2", "rx0" if node == "n1" else "rx2") for option in options]
-        return cluster.popen([*place, "-w", node, f"--container-image={IMAGE}", *own, "sh", "-c", script], "usera")
-
-    yield start
-    cluster.run(["scancel", found[1]], "usera")
-    cluster.await_idle(60)
+def _pair(shells: Shells, program: str, server: str) -> str:
+    """Both ends of one program, each on a processor of its own; what the client printed."""
+    shells.tell("n2", f"exec timeout 60 taskset 2 {program}")
+    # The server needs a moment until it listens.
+    client = f"timeout 60 taskset 1 {program} {server}"
+    said = shells.run("n1", f"for i in $(seq 30); do {client} && exit 0; sleep 0.2; done; exit 1")
+    other = shells.hear("n2")
+    if said.status or other.status:
+        raise RuntimeError(f"{client}: {said.text}{other.text}")
+    return said.text
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -215,7 +210,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     command.need_root()
     if options.into:
         begin = time.monotonic()
-        options.into.write_text(json.dumps(measure(options.rounds)))
+        measure(options.rounds, options.into)
         print(f"rdma: {options.rounds} rounds in {time.monotonic() - begin:.0f} s", file=sys.stderr)
         return 0
     return command.finish(run(options.rounds, options.quick), options)

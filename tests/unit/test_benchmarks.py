@@ -203,8 +203,23 @@ def test_rows_of_perftest() -> None:
 
 
 def test_a_container_that_costs_verbs_something_is_missed() -> None:
-    cases = {"node": [100.0, 200.0, 100.0], "container": [101.0, 203.0, 100.0], "overlay TCP": [50.0, 60.0, 55.0]}
+    cases = {"node": [100.0, 200.0, 100.0], "container": [101.0, 204.0, 100.0], "overlay TCP": [50.0, 60.0, 55.0]}
     slower = {**cases, "container": [110.0, 220.0, 110.0]}
-    result = rdma.judge({rdma.LATENCY: cases, rdma.BANDWIDTH: slower}, Result(rdma.NAME, rdma.TITLE))
-    assert [(claim.measured, claim.kept) for claim in result.claims] == [("1.010", True), ("1.100", False)]
+    vague = {**cases, "container": [90.0, 200.0, 104.0]}
+    found = {rdma.LATENCY: cases, rdma.BANDWIDTH: slower, "of which too little is known, s": vague}
+    result = rdma.judge(found, Result(rdma.NAME, rdma.TITLE))
+    assert [(claim.measured, claim.kept) for claim in result.claims] == [
+        ("1.010 (1.000 to 1.020)", True),
+        ("1.100 (1.100 to 1.100)", False),
+        ("1.000 (0.900 to 1.040)", False),
+    ]
     assert result.notes[0] == "latency, us: TCP over the overlay is 0.55 of verbs"
+
+
+def test_interval_of_a_median() -> None:
+    """Which samples these are by their order, as tables of the sign test have it."""
+    assert figures.median_interval([3.0]) == (3.0, 3.0)
+    assert figures.median_interval([5.0, 1.0, 4.0]) == (1.0, 5.0)
+    assert figures.median_interval(range(10, 0, -1)) == (2, 9)
+    assert figures.median_interval(range(1, 21)) == (6, 15)
+    assert figures.median_interval(range(1, 61)) == (22, 39)
