@@ -14,6 +14,7 @@ import sys
 import time
 
 IP_MTU_DISCOVER, IP_PMTUDISC_DO = 10, 2
+OVER = b"over"
 
 
 def tell(**facts: object) -> None:
@@ -59,13 +60,14 @@ def network() -> None:
 
 
 def reflect(port: str, seconds: str) -> None:
-    """Send every datagram back."""
+    """Send every datagram back, until OVER or nothing comes."""
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as one:
         one.bind(("0.0.0.0", int(port)))
         one.settimeout(float(seconds))
         tell(state="serving")
         with contextlib.suppress(TimeoutError):
-            while True:
+            data = b""
+            while data != OVER:
                 data, source = one.recvfrom(65536)
                 one.sendto(data, source)
 
@@ -76,12 +78,26 @@ def sizes(host: str, port: str, *lengths: str) -> None:
         one.setsockopt(socket.IPPROTO_IP, IP_MTU_DISCOVER, IP_PMTUDISC_DO)
         one.settimeout(5)
         one.connect((host, int(port)))
+        _await_reflector(one)
         for length in lengths:
             try:
                 one.send(bytes(int(length) - 28))
                 tell(length=int(length), back=len(one.recv(65536)) + 28)
             except OSError as error:
                 tell(length=int(length), error=error.strerror)
+        one.send(OVER)
+
+
+def _await_reflector(one: socket.socket) -> None:
+    """Until a datagram comes back; as long as nobody listens, each is refused (ECONNREFUSED)."""
+    deadline = time.monotonic() + 20
+    while time.monotonic() < deadline:
+        try:
+            one.send(b"?")
+            one.recv(65536)
+            return
+        except OSError:
+            time.sleep(0.05)
 
 
 def bind(*ports: str) -> None:

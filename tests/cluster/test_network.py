@@ -117,7 +117,7 @@ def test_nodes_reach_each_other_by_name_and_address(idle: Cluster, image: str) -
 
 
 def test_full_size_packets_pass(idle: Cluster, image: str) -> None:
-    script = "if [ $SLURM_PROCID = 1 ]; then {P} reflect 7777 2; else sleep 0.7; {P} network; "
+    script = "if [ $SLURM_PROCID = 1 ]; then {P} reflect 7777 20; else {P} network; "
     script += "{P} sizes n2 7777 100 1450 1451; fi"
     told = by_task(run(idle, image, script, "-N2", "-w", "n1,n2"))[0]
     assert told[0]["mtu"] == {"enclos0": 1450, "lo": 65536}
