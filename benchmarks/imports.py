@@ -212,7 +212,7 @@ def import_image(image: Image, store: Store, reference: str, reuse: Sequence[str
     process = subprocess.Popen(command, pass_fds=[theirs.fileno(), order_fd])
     theirs.close()
     stop = threading.Event()
-    watcher = threading.Thread(target=_watch_memory, args=(image, process.pid, stop))
+    watcher = threading.Thread(target=_watch_memory, args=(image, process.pid, stop), daemon=True)
     if measure:
         watcher.start()
     with mine:

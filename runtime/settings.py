@@ -247,8 +247,8 @@ class Imports:
     memory: str = setting(
         "256M",
         Amount(),
-        "Most memory of each process that converts layers. Of one image one at a time may need more than a sixteenth "
-        "of it. Enough for a million files with names of 100 characters; an image that needs more is refused.",
+        "Most memory of each process that converts layers. Of one image one at a time may need more than 1/24 of it. "
+        "Enough for a million files with names of 100 characters; an image that needs more is refused.",
     )
     limit_files: int = setting(
         1000000,

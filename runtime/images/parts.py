@@ -14,6 +14,7 @@ import hashlib
 import os
 import socket
 import stat
+import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -33,7 +34,8 @@ from enclos.runtime.images.turn import Turn
 CONVERTERS = 4
 HASH_BYTES = 1 << 20
 # Of the memory that one converter may have, how much those may that work beside it: `imports.memory` divided by this.
-SMALL_PART = 16
+SMALL_PART = 24
+THREAD_BYTES = 1 << 20  # Of stack: as shipped 8 MB, which count as memory.
 
 
 class Whole(Exception):
@@ -235,6 +237,7 @@ def job_convert(
     """The sandbox's job: some layers to one squashfs file, which is open already."""
 
     def run(channel: socket.socket) -> None:
+        threading.stack_size(THREAD_BYTES)
         need = Turn(turn_fd, order.memory // SMALL_PART).need
         shown = layers[0].digest if len(layers) == 1 else ""
         try:
