@@ -33,6 +33,7 @@ Open = Callable[[], tar.Reader]
 # Estimates, in bytes, of what an entry takes beside its name: in a squashfs file until it is written (squash.c), and in
 # the tree of several layers, whose names are Python's. Measured for a million of each; rounded up.
 ENTRY_BYTES = 60
+DATA_BYTES = 110  # More of a file that has any: where it is, and its end, which the library compares with others'.
 TREE_ENTRY_BYTES = 240
 
 
@@ -94,7 +95,7 @@ class Merge:
             if self._bytes > self._limits.bytes:
                 raise TooLarge(f"more than {self._limits.bytes} bytes unpacked")
             if entry_bytes:
-                self._needed += entry_bytes + len(member.name) + len(member.target)
+                self._needed += entry_bytes + len(member.name) + len(member.target) + DATA_BYTES * (member.size > 0)
                 self._need(self._needed)
             yield member
 

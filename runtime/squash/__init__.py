@@ -23,8 +23,16 @@ LIBRARY = "libsquashfs.so.1"
 # Blocks that wait for a compressing thread, per thread. libsquashfs' tool has ten; with two none was seen to idle.
 BACKLOG = 2
 # sqfs/error.h; what is not here is a bug or a compressor's.
-_ALLOC, _IO, _OVERFLOW, _OUT_OF_BOUNDS = -1, -2, -7, -8
-_WORDS = {_IO: "I/O error", _OVERFLOW: "too much for one squashfs file", _OUT_OF_BOUNDS: "read beyond the end of it"}
+_ALLOC, _IO, _COMPRESSOR, _INTERNAL, _OVERFLOW, _OUT_OF_BOUNDS = -1, -2, -3, -4, -7, -8
+# What zstd and threads say where they get no memory.
+_NO_MEMORY = "a compressor or its thread failed, possibly for lack of memory"
+_WORDS = {
+    _IO: "I/O error",
+    _COMPRESSOR: _NO_MEMORY,
+    _INTERNAL: _NO_MEMORY,
+    _OVERFLOW: "too much for one squashfs file",
+    _OUT_OF_BOUNDS: "read beyond the end of it",
+}
 
 
 class Conflict(ValueError):

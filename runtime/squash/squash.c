@@ -3,7 +3,8 @@
  * The library compresses data and writes tables; what is here is the tree in between, which has to wait until the last
  * member is known. tar2sqfs, of the same library, keeps 250 to 370 bytes and several allocations for each entry, and
  * searches a list for each name. Here an entry takes 28 bytes, its name, and 5 to 11 bytes of a hash table; of a
- * file's data 36 bytes and 4 for each block are kept. Names of a directory are sorted once, at the end.
+ * file's data 36 bytes and 4 for each block are kept; the library keeps each distinct end of a file in mind, to store it
+ * once, whether it is told to or not. Names of a directory are sorted once, at the end.
  *
  * Runs in an import's sandbox, on names and data that a user chose. Everything belongs to 0:0. */
 
@@ -45,8 +46,6 @@
 #define STACK_BYTES (512 << 10)
 /* Files whose inodes the library still holds; then we wait until it is done with them. */
 #define PENDING 2048
-/* The library remembers each distinct end of a file, to store it once: 80 bytes each. Later ones are all stored. */
-#define REMEMBERED_ENDS 200000
 #define PRIME (((uint64_t)1 << 61) - 1)
 
 /* `data` is of a file the place of its description in `words`, plus one (0: empty), of a symlink its target in `names`,
@@ -297,15 +296,13 @@ static int settle(struct squash *squash)
 
 static int begin_file(struct squash *squash, uint32_t index)
 {
-	const sqfs_block_processor_stats_t *stats = sqfs_block_processor_get_stats(squash->processor);
-	uint32_t flags = stats->actual_frag_count < REMEMBERED_ENDS ? 0 : SQFS_BLK_DONT_DEDUPLICATE;
 	int status;
 
 	if (squash->pending_count == PENDING && (status = settle(squash)) != 0)
 		return status;
 	squash->pending_entry[squash->pending_count] = index;
 	squash->pending[squash->pending_count] = NULL;
-	status = sqfs_block_processor_begin_file(squash->processor, &squash->pending[squash->pending_count], NULL, flags);
+	status = sqfs_block_processor_begin_file(squash->processor, &squash->pending[squash->pending_count], NULL, 0);
 	if (status == 0) {
 		squash->pending_count++;
 		squash->in_file = 1;

@@ -378,6 +378,21 @@ def test_what_is_no_archive(tmp_path: Path, data: bytes) -> None:
         pack([data], tmp_path / "out")
 
 
+def test_memory_is_asked_for_before_it_is_needed(tmp_path: Path) -> None:
+    """More for files with data: where it is, and its end."""
+
+    def asked(data: bytes) -> int:
+        needs = [0]
+        (tmp_path / "layer").write_bytes(layer([Entry(f"f{number}", data=data) for number in range(100)]))
+        layers = [Layer(convert.open_path(str(tmp_path / "layer")))]
+        convert.pack(layers, True, LIMITS, PACKING, str(tmp_path / "out"), needs.append)
+        return max(needs)
+
+    empty = asked(b"")
+    assert empty > 100 * 60
+    assert asked(b"x") > empty + 100 * 100
+
+
 def test_limits(tmp_path: Path) -> None:
     many = layer([Entry(f"f{i}") for i in range(11)])
     with pytest.raises(TooLarge, match="more than 10 files"):

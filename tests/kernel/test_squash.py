@@ -139,6 +139,30 @@ def test_a_file_that_cannot_be_written(place: str) -> None:
         out.finish()
 
 
+@pytest.mark.parametrize("more_kb", [0, 64, 300, 600, 900, 1200, 1800, 2500, 4000])
+def test_without_memory(tmp_path: Path, more_kb: int) -> None:
+    """Wherever it ends: words about memory, and no signal."""
+
+    def fill() -> str:
+        with open("/proc/self/statm") as file:
+            data = int(file.read().split()[5]) * resource.getpagesize()
+        resource.setrlimit(resource.RLIMIT_DATA, (data + (more_kb << 10), data + (more_kb << 10)))
+        try:
+            with writer(tmp_path / "out") as out:
+                for number in range(300_000):
+                    out.add(b"d/%d" % number, FILE, 0, size=4)
+                    out.write(b"%4d" % (number % 5000))
+                out.finish()
+        except MemoryError:
+            return "memory"
+        except SquashError as error:
+            return str(error).rpartition(" ")[2]
+        return ""
+
+    # What the tests before this one gave back may be enough.
+    assert in_child(fill) in ("memory", "")
+
+
 @pytest.mark.parametrize("name", [b"d/%d", b"d/%07d", b"d/f%06d", b"%d/f"])
 def test_names_find_slots_of_their_own(tmp_path: Path, name: bytes) -> None:
     """Also short ones: where a hash had their own bytes in its low bits, each took a walk past thousands of others."""
