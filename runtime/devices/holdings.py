@@ -137,7 +137,10 @@ class Holdings:
         kernel = node_rdma.mode()
         rdma.check(text, asker.network, mode, kernel)
         if asker.network == "job" and mode == "soft":
-            return await self._soft(text, asker.uid, await asker.place())
+            place = await asker.place()
+            # Steps of one job that start together: the second one finds what the first one has made.
+            async with self._turn:
+                return await self._soft(text, asker.uid, place)
         async with self._turn:
             await self._reclaim()
             if asker.network == "job" and mode == "exclusive":
@@ -313,8 +316,11 @@ class Holdings:
             return
         if held.netns_fd >= 0:
             os.close(held.netns_fd)
-        with contextlib.suppress(errors.EnclosError):
+        try:
             await self._tell_site("detach", held)
+        except errors.EnclosError as error:
+            name = held.movable.name
+            log.error("job=%d RDMA device %s is back, but the site's hook failed: %s", held.job, name, error)
         self._held.pop(held.movable.guid, None)
         self._journal.remove(held.record_name)
         log.info("job=%d RDMA device %s is back", held.job, held.movable.name)

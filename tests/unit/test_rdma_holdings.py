@@ -10,6 +10,7 @@ import asyncio
 import json
 import os
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -328,3 +329,76 @@ def test_a_full_disk_moves_nothing(
     with pytest.raises(EnclosError):
         take(held, "1", asker(place, 7))
     assert set(kernel.where.values()) == {HOME} and kernel.seen == []
+
+
+def test_one_move_at_a_time(
+    kernel: Kernel, tmp_path: Path, place: Callable[[int], Place], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two jobs that ask at the same moment: neither takes what the other one is about to have."""
+    moving = threading.Lock()
+
+    def move(movable: Movable, netns_fd: int, addresses: Sequence[Address]) -> None:
+        with moving:
+            time.sleep(0.05)
+            kernel.move(movable, netns_fd, addresses)
+
+    monkeypatch.setattr(rdmamove, "move", move)
+    held = make(tmp_path)
+
+    async def both() -> list[str]:
+        found = await asyncio.gather(*(held.take("1", True, asker(place, job)) for job in (7, 8)))
+        return [device.name for devices in found for device in devices]
+
+    assert asyncio.run(both()) == ["mlx5_0", "mlx5_1"]
+
+
+def test_steps_that_start_together_have_one_soft_device(
+    kernel: Kernel, tmp_path: Path, place: Callable[[int], Place], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As the kernel has it, a second one on the same interface is refused (EEXIST)."""
+    kernel.mode = "shared"
+    node = tmp_path / "uverbs7"
+    node.touch()
+    made: list[str] = []
+
+    def make_soft(name: str, _ifname: str, _netns_fd: int) -> None:
+        if name in made:
+            return
+        time.sleep(0.05)
+        if name in made:
+            raise KernelRefused(17, name, "File exists")
+        made.append(name)
+
+    monkeypatch.setattr(rdmamove, "make_soft", make_soft)
+    monkeypatch.setattr(rdma, "find_one", lambda name, _: NodeDevice(name, 1, True, str(node)))
+    held = make(tmp_path, Rdma(mode="soft"))
+
+    async def both() -> list[str]:
+        found = await asyncio.gather(*(held.take("1", True, asker(place, 7, step)) for step in (0, 1)))
+        return [device.name for devices in found for device in devices]
+
+    monkeypatch.setattr(os, "chown", lambda *_: None)
+    assert asyncio.run(both()) == ["enclos7n4"] * 2
+    assert node.stat().st_mode & 0o777 == 0o600
+
+
+def test_a_hook_that_fails_at_the_end_is_logged(
+    kernel: Kernel,
+    tmp_path: Path,
+    place: Callable[[int], Place],
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """The device is back all the same; the administrator has to know what the fabric still has."""
+
+    async def run(_command: str, event: str, *_: object) -> None:
+        if event == "detach":
+            raise rdma_hook_failed("/etc/enclos/hook", "no answer")
+
+    monkeypatch.setattr(sitehook, "run", run)
+    held = make(tmp_path, Rdma(devices=("mlx5_0",), hook="/etc/enclos/hook"))
+    take(held, "1", asker(place, 7))
+    asyncio.run(held.give_back("step.7.0.99"))
+    assert kernel.where["mlx5_0"] == HOME and records(tmp_path) == {}
+    assert "job=7 RDMA device mlx5_0 is back, but the site's hook failed" in caplog.text
+    assert "no answer" in caplog.text
