@@ -404,7 +404,7 @@ class Rdma:
         Text(r"|/[^\n]*", "an absolute path, or nothing"),
         "Command of the site that puts a device into the partition or VLAN of a job: it is run as root with "
         "'attach' before a device moves and with 'detach' when it is back, with ENCLOS_TENANT, ENCLOS_JOB, ENCLOS_VNI, "
-        "ENCLOS_DEVICE, ENCLOS_GUID and ENCLOS_INTERFACES in its environment.",
+        "ENCLOS_DEVICE, ENCLOS_GUID, ENCLOS_PORT_GUIDS and ENCLOS_INTERFACES in its environment.",
     )
 
 

@@ -98,7 +98,7 @@ _enclos()
 		words="--help --file --reload"
 		;;
 	"partition detach"*)
-		words="--help --file --reload"
+		words="--help --file --reload --all"
 		;;
 	"profile options"*)
 		words="--help $(enclos profile ls 2>/dev/null | sed '1d; s/ .*//')"

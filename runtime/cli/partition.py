@@ -27,7 +27,7 @@ def parser() -> common.Parser:
     verbs = made.add_subparsers(dest="verb", required=True, metavar="attach|detach|ls")
     for verb, help_text in (
         ("attach", "put ports into the partition of a tenant, made with a free key where it has none"),
-        ("detach", "take ports, or without any the whole tenant, out again"),
+        ("detach", "take ports, or the whole tenant, out again"),
         ("ls", "list the tenants, their keys and ports"),
     ):
         one = verbs.add_parser(verb, help=help_text, description=help_text)
@@ -38,14 +38,21 @@ def parser() -> common.Parser:
         reload_help = "shell command that makes OpenSM read the file, when it has changed: 'systemctl reload opensm'"
         one.add_argument("--reload", default="", metavar="COMMAND", help=reload_help)
         one.add_argument("tenant", metavar="TENANT", help="a name, such as ENCLOS_TENANT")
-        count = "+" if verb == "attach" else "*"
+        count = "+"
+        if verb == "detach":
+            # Said in words: a hook passes on what it is told, which is nothing where a device has no InfiniBand port.
+            one.add_argument("--all", action="store_true", help="the whole tenant, instead of ports")
+            count = "*"
         one.add_argument("guids", nargs=count, metavar="GUID", help="of a port, as 'rdma' or OpenSM writes it")
     return made
 
 
 def run(arguments: list[str]) -> int:
     """Do what the verb says."""
-    given = parser().parse_args(arguments)
+    made = parser()
+    given = made.parse_args(arguments)
+    if given.verb == "detach" and given.all == bool(given.guids):
+        made.error("detach: name GUIDs of ports, or --all for the whole tenant")
     path = Path(given.file)
     try:
         if given.verb == "ls":

@@ -80,9 +80,13 @@ def read(text: str) -> dict[str, Partition]:
 
 
 def parse_guid(text: str) -> int:
-    """A GUID as `rdma` (5054:00ff:fe00:0000) or OpenSM (0x505400fffe000000) writes it."""
+    """A GUID as `rdma` (5054:00ff:fe00:0000) or OpenSM (0x505400fffe000000) writes it.
+
+    Raises:
+        BadPartitions: it is none, or 0, which a virtual function has until the site gives it one.
+    """
     plain = text.lower().removeprefix("0x").replace(":", "")
-    if not re.fullmatch(r"[0-9a-f]{16}", plain):
+    if not re.fullmatch(r"[0-9a-f]{16}", plain) or not int(plain, 16):
         raise BadPartitions(f"{text!r} is no GUID of a port")
     return int(plain, 16)
 

@@ -8,6 +8,7 @@ import pytest
 from enclos.runtime.cli import partition as verb
 from enclos.runtime.devices import partitions
 from enclos.runtime.devices.partitions import BEGIN, END, BadPartitions, attach, detach, read
+from enclos.runtime.errors.error import UsageError
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -133,7 +134,9 @@ def test_a_name_that_would_be_something_else_in_the_file(tenant: str) -> None:
         attach(SITE, tenant, [1])
 
 
-@pytest.mark.parametrize("text", ["", "0x1", "5054:00ff:fe00", "0x505400fffe00000g", "ALL", "0x505400fffe0000000"])
+@pytest.mark.parametrize(
+    "text", ["", "0x1", "5054:00ff:fe00", "0x505400fffe00000g", "ALL", "0x505400fffe0000000", "0" * 16]
+)
 def test_what_is_no_guid(text: str) -> None:
     with pytest.raises(BadPartitions):
         partitions.parse_guid(text)
@@ -175,7 +178,7 @@ def test_the_command_changes_the_file_and_keeps_its_mode(tmp_path: Path, capsys:
     assert capsys.readouterr().out == "job7 0x1001\n"
     assert read(file.read_text())["job7"].ports == {0x505400FFFE000002, 0x505400FFFE000004}
     assert file.stat().st_mode & 0o777 == 0o640
-    assert verb.run(["detach", f"--file={file}", "job7"]) == 0
+    assert verb.run(["detach", f"--file={file}", "--all", "job7"]) == 0
     assert file.read_text() == SITE
     assert sorted(path.name for path in tmp_path.iterdir()) == ["partitions.conf", "partitions.conf.lock"]
 
@@ -187,3 +190,14 @@ def test_the_command_tells_opensm_by_a_command_of_the_sites(tmp_path: Path) -> N
     assert verb.run(words) == 0 and verb.run(words) == 0
     # The second time nothing has changed.
     assert told.read_text() == "reload\n"
+
+
+@pytest.mark.parametrize("words", [["job7"], ["--all", "job7", "0x505400fffe000001"]])
+def test_no_tenant_is_taken_out_for_want_of_a_port(words: list[str], tmp_path: Path) -> None:
+    """A hook passes ENCLOS_PORT_GUIDS on, which may be nothing."""
+    file = tmp_path / "partitions.conf"
+    text = attach(SITE, "job7", [1, 2])
+    file.write_text(text)
+    with pytest.raises(UsageError, match="or --all for the whole tenant"):
+        verb.run(["detach", f"--file={file}", *words])
+    assert file.read_text() == text
