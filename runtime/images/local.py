@@ -237,8 +237,8 @@ def _docker(files: Files, reference: Reference) -> Found:
     return Found(digest, tuple(layers), config)
 
 
-def _is_tagged(tags: list[str], wanted: str) -> bool:
-    return any(tag == wanted or tag.endswith(f"/{wanted}") for tag in tags or ())
+def _is_tagged(tags: list[Any] | None, wanted: str) -> bool:
+    return any(isinstance(tag, str) and f"/{tag}".endswith(f"/{wanted}") for tag in tags or ())
 
 
 def _diff_ids(config: bytes, count: int) -> list[str]:

@@ -79,6 +79,7 @@ class Same(Files):
 
 @pytest.mark.parametrize("kind", sorted(local.READERS))
 @given(MANIFESTS | st.lists(VALUES, max_size=2))
+@example([{"RepoTags": [None]}])
 def test_no_image_on_disk_does_more_than_fail(kind: str, value: Any) -> None:  # noqa: ANN401
     try:
         local.READERS[kind](Same(json.dumps(value).encode()), parse(f"{kind}:/x:t", ""))
