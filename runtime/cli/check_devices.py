@@ -28,6 +28,9 @@ EXCLUSIVE = (
     "options ib_core netns_mode=0 in /etc/modprobe.d (and the initramfs), then boot: the mode can only change while "
     "no other network namespace exists"
 )
+UDEV = "/run/udev/control"
+RULE = "60-enclos.rules"
+RULE_FOLDERS = tuple(f"{place}/udev/rules.d" for place in ("/etc", "/run", "/usr/local/lib", "/usr/lib", "/lib"))
 LOAD_SOFT = "modprobe -a rdma_rxe ib_uverbs rdma_ucm, at boot by /etc/modules-load.d"
 
 
@@ -130,6 +133,18 @@ def _mode_findings(settings: Config, mode: str, listed: bool) -> Iterator[Findin
         )
     elif wanted == "soft" and not os.path.isdir("/sys/module/rdma_rxe"):
         yield mend("RDMA", "rdma.mode is soft, but rdma_rxe is not loaded", LOAD_SOFT)
+    if wanted == "soft":
+        yield from udev_findings()
+
+
+def udev_findings() -> Iterator[Finding]:
+    """Whether udev, where there is one, has the rule that keeps nodes of Soft-RoCE devices their users'."""
+    if os.path.exists(UDEV) and not any(os.path.exists(f"{folder}/{RULE}") for folder in RULE_FOLDERS):
+        yield mend(
+            "RDMA",
+            f"udev opens jobs' Soft-RoCE devices to all users: {RULE} is missing",
+            "copy it to /etc/udev/rules.d",
+        )
 
 
 def gpu_findings(settings: Config, node: str, catalogue: Catalogue) -> Iterator[Finding]:
