@@ -16,7 +16,7 @@ from pathlib import Path
 from enclos.runtime.images import tar
 from enclos.runtime.images.tar import Member
 
-from benchmarks.imports import MEMORY_MB, Image, import_image, new_store
+from benchmarks.imports import MEMORY_MB, Image, ImportFailed, import_image, new_store
 from benchmarks.machine import describe
 from benchmarks.result import Claim, Result, Table
 
@@ -39,6 +39,7 @@ def run(*, quick: bool) -> Result:
         ("empty files in four parts", _files, 4, PART_MB),
         ("names of 100 characters", _long_names, 1, 0),
         ("names of 100 characters in two layers, one part", _long_names, 2, 0),
+        ("names of 100 characters in four parts", _long_names, 4, PART_MB),
         ("directories", _directories, 1, 0),
         ("directories in two layers, one part", _directories, 2, 0),
         ("symlinks", _symlinks, 1, 0),
@@ -47,17 +48,20 @@ def run(*, quick: bool) -> Result:
         ("files in one directory", _flat, 1, 0),
     ]
     with tempfile.TemporaryDirectory(prefix="enclos-bench-", dir="/var/tmp") as name:
-        images = [_measured(Path(name), count, *kind) for kind in kinds]
-    rows = [(image.name, f"{image.samples['merge'][0]:.1f} s", f"{image.peak_mb:.0f} MB") for image in images]
+        measured = [_measured(Path(name), count, *kind) for kind in kinds]
+    rows = [(image.name, took, f"{image.peak_mb:.0f} MB") for image, took in measured]
     result = Result(NAME, TITLE, machine=describe())
     result.tables.append(Table(f"imports of {count} members", ("image", "time", "peak memory"), tuple(rows)))
-    for image in images:
+    for image, _ in measured:
         words = f"{image.name}: peak memory is at most {MEMORY_MB} MB"
         result.claims.append(Claim(words, f"{image.peak_mb:.0f} MB", image.peak_mb <= MEMORY_MB))
     return result
 
 
-def _measured(folder: Path, count: int, name: str, members: Members, layers: int, megabytes: int) -> Image:
+def _measured(
+    folder: Path, count: int, name: str, members: Members, layers: int, megabytes: int
+) -> tuple[Image, str]:
+    """The image, and how long its import took, or what its user would read."""
     image = Image(name, folder / name.replace(" ", "-"))
     image.folder.mkdir()
     layout = f"{image.folder}/layout"
@@ -69,9 +73,12 @@ def _measured(folder: Path, count: int, name: str, members: Members, layers: int
         subprocess.run(["umoci", "raw", "add-layer", "--image", f"{layout}:t", str(path)], check=True)
         path.unlink()
     with new_store(image) as made:
-        image.samples["merge"] = [import_image(image, made, f"oci:{layout}:t", measure=True)]
+        try:
+            took = f"{import_image(image, made, f'oci:{layout}:t', measure=True):.1f} s"
+        except ImportFailed as error:
+            took = str(error)
     subprocess.run(["rm", "-r", str(image.folder)], check=True)
-    return image
+    return image, took
 
 
 def _write_layer(path: Path, members: Iterator[Member], noise_bytes: int) -> None:

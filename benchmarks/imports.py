@@ -43,7 +43,7 @@ NAME = "images"
 TITLE = "imports of images, against skopeo with tar2sqfs and umoci with mksquashfs"
 PACKING = Packing("zstd", 1, 131072)
 SLOT = 65520
-MEMORY = 256 << 20  # imports.memory as shipped.
+MEMORY = 228 << 20  # imports.memory as shipped.
 MEMORY_MB = 300
 SAMPLE_SECONDS = 0.02
 ONE, TEN = "200 MB, one layer", "1 GB, ten layers"
@@ -199,8 +199,12 @@ def new_store(image: Image) -> Iterator[Store]:
     shutil.rmtree(store.directory)
 
 
+class ImportFailed(Exception):
+    """An importer that gave up."""
+
+
 def import_image(image: Image, store: Store, reference: str, reuse: Sequence[str] = (), measure: bool = False) -> float:
-    """Seconds that an importer takes, its start included; what it found out is noted with the image."""
+    """Seconds that an importer takes, its start included. Raises ImportFailed with what its user would read."""
     limits = Limits(1_000_000, 100 << 30)
     order = Order(reference, "", "", 0, 0, (), SLOT, store.directory, (), (), limits, MEMORY, PACKING)
     mine, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
@@ -215,25 +219,32 @@ def import_image(image: Image, store: Store, reference: str, reuse: Sequence[str
     watcher = threading.Thread(target=_watch_memory, args=(image, process.pid, stop), daemon=True)
     if measure:
         watcher.start()
-    with mine:
-        while (message := protocol.receive(mine)) is None or message.get("state") != "done":
-            if message is None:
-                raise RuntimeError(f"the importer of {reference} ended early")
-            if message.get("state") == "error":
-                raise RuntimeError(f"{message.get('what')}: {message.get('cause')}")
-            if message.get("state") == "resolved":
-                if not image.digest:
-                    image.digest = message.get("digest")
-                    rows = (text.partition(" ") for text in message.all("layer"))
-                    image.layers = tuple(LayerInfo(digest, int(size)) for digest, _, size in rows)
-                protocol.send(mine, [("state", "build"), *(("part", key) for key in reuse)])
-    process.wait()
-    seconds = time.monotonic() - begin
-    stop.set()
-    if measure:
-        watcher.join()
-    os.close(order_fd)
-    return seconds
+    try:
+        with mine:
+            _follow(image, mine, reuse)
+        process.wait()
+        return time.monotonic() - begin
+    finally:
+        process.wait()
+        stop.set()
+        if measure:
+            watcher.join()
+        os.close(order_fd)
+
+
+def _follow(image: Image, importer: socket.socket, reuse: Sequence[str]) -> None:
+    """Have the image made; what the importer finds out is noted with it."""
+    while (message := protocol.receive(importer)) is None or message.get("state") != "done":
+        if message is None:
+            raise ImportFailed(f"the importer of {image.name} ended early")
+        if message.get("state") == "error":
+            raise ImportFailed(f"{message.get('what')}: {message.get('cause')}")
+        if message.get("state") == "resolved":
+            if not image.digest:
+                image.digest = message.get("digest")
+                rows = (text.partition(" ") for text in message.all("layer"))
+                image.layers = tuple(LayerInfo(digest, int(size)) for digest, _, size in rows)
+            protocol.send(importer, [("state", "build"), *(("part", key) for key in reuse)])
 
 
 def _watch_memory(image: Image, pid: int, stop: threading.Event) -> None:

@@ -245,7 +245,7 @@ class Imports:
         "to nobody and own nothing.",
     )
     memory: str = setting(
-        "256M",
+        "228M",
         Amount(),
         "Most memory of each process that converts layers. Of one image one at a time may need more than 1/24 of it. "
         "Enough for a million files with names of 100 characters; an image that needs more is refused.",
