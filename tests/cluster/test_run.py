@@ -744,13 +744,15 @@ def test_who_waits_for_an_image_can_be_interrupted(laptop: Cluster, clean: Lefto
     )
     with laptop.popen([sys.executable, "-c", listener], "usera", "n1") as registry:
         assert registry.stdout is not None and registry.stdout.readline() == "up\n"
-        with laptop.popen([*RUN, "docker://127.0.0.1:5999/never:1", "true"], "usera", "n1") as running:
-            until(lambda: processes(laptop, "n1", "enclos-run") != [])
-            time.sleep(0.5)
-            running.send_signal(signal.SIGINT)
-            running.communicate(timeout=5)
-            assert running.returncode in (130, -signal.SIGINT)
-        registry.kill()
+        try:
+            with laptop.popen([*RUN, "docker://127.0.0.1:5999/never:1", "true"], "usera", "n1") as running:
+                until(lambda: processes(laptop, "n1", "enclos-run") != [])
+                time.sleep(0.5)
+                running.send_signal(signal.SIGINT)
+                running.communicate(timeout=5)
+                assert running.returncode in (130, -signal.SIGINT)
+        finally:
+            registry.kill()
     assert clean.rows(30) == []
 
 
