@@ -187,19 +187,20 @@ def test_the_report(tmp_path: Path) -> None:
         assert not list(tmp_path.glob("*.png"))
 
 
-PERFTEST = """\
----------------------------------------------------------------------------------------
- #bytes #iterations    t_min[usec]    t_max[usec]  t_typical[usec]    t_avg[usec]
- 2       300          101.50         915.20       120.25             133.00
----------------------------------------------------------------------------------------
+PINGPONG = """\
+  local address:  LID 0x0000, QPN 0x000011, PSN 0x2c5b7e, GID ::ffff:10.79.0.1
+  remote address: LID 0x0000, QPN 0x000011, PSN 0x6a5c0f, GID ::ffff:10.79.0.2
+8192000 bytes in 3.08 seconds = 21.27 Mbit/sec
+1000 iters in 3.08 seconds = 3080.83 usec/iter
 """
 
 
-def test_rows_of_perftest() -> None:
-    row = rdma.ROW.search(PERFTEST)
-    assert row is not None and row[rdma.VERBS[rdma.LATENCY][1]] == "120.25"
-    row = rdma.ROW.search(" 65536      100              88.10              85.31                 0.0013\n")
-    assert row is not None and row[rdma.VERBS[rdma.BANDWIDTH][1]] == "85.31"
+def test_figures_of_a_pingpong() -> None:
+    found = {what: figure.search(PINGPONG) for what, (_, figure, _) in rdma.VERBS.items()}
+    assert {what: match and match[1] for what, match in found.items()} == {
+        rdma.LATENCY: "3080.83",
+        rdma.BANDWIDTH: "21.27",
+    }
 
 
 def test_a_container_that_costs_verbs_something_is_missed() -> None:
