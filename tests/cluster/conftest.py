@@ -9,6 +9,7 @@ import os
 import re
 import shutil
 import subprocess
+import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Protocol
@@ -265,7 +266,18 @@ def limited_leftovers(limited: Cluster) -> Leftovers:
     warm = ["srun", "-N2", "--container-image=/images/openmpi.sqsh", "true"]
     assert (done := limited.run(warm, user="usera", timeout=200)).returncode == 0, done.stderr
     limited.await_idle(60)
+    await_calm(limited)
     return Leftovers(limited)
+
+
+def await_calm(cluster: Cluster) -> None:
+    """Wait until nothing comes or goes: a job is over for squeue while slurmstepd cleans up, for seconds in a guest."""
+    deadline = time.monotonic() + 60
+    calm_since, before = time.monotonic(), snapshot(cluster)
+    while time.monotonic() < min(calm_since + 3, deadline):
+        time.sleep(0.2)
+        if before.differences(now := snapshot(cluster)):
+            calm_since, before = time.monotonic(), now
 
 
 EXCLUSIVE = """\
