@@ -11,9 +11,9 @@ import contextlib
 import errno
 import hashlib
 import os
-from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass
+from weakref import WeakValueDictionary
 
 from enclos.runtime.images.filekey import file_key
 from enclos.runtime.spawner import Spawner
@@ -21,7 +21,10 @@ from enclos.runtime.spawner import Spawner
 SECONDS = 1800
 SLOW_SECONDS = 3  # After which whoever waits is told for what.
 SLOW_WORDS = "comparing the image with its checksum: it is used here for the first time since the node booted"
-NOTES_PER_OWNER = 1024
+# A user's notes take memory of the node's. Root's are of its cache and the site's store, which may have thousands of
+# files in use: one whose note had to go would be read again at its next use, and push out another's.
+NOTES_OF_USER = 1024
+NOTES_OF_ROOT = 32768
 NOTE_BYTES = 512
 # Uid, gid and supplementary groups.
 Ids = tuple[int, int, tuple[int, ...]]
@@ -65,7 +68,8 @@ class Checks:
         self._directory = directory
         self._running: dict[ImageFile, _Comparison] = {}
         # What a user makes the node read, it reads one at a time: it counts as nobody's processor time.
-        self._turns: defaultdict[int, asyncio.Lock] = defaultdict(asyncio.Lock)
+        # A lock is kept by those who have or want it.
+        self._turns: WeakValueDictionary[int, asyncio.Lock] = WeakValueDictionary()
 
     async def check(self, file: ImageFile, key: str, ids: Ids, progress: Callable[[str], None]) -> None:
         """Compare a file, unless it has been since the boot and is still the same.
@@ -94,7 +98,7 @@ class Checks:
         with contextlib.suppress(OSError):
             os.makedirs(directory, 0o700, exist_ok=True)
             notes = list(os.scandir(directory))
-            if len(notes) >= NOTES_PER_OWNER:
+            if len(notes) >= (NOTES_OF_USER if file.owner else NOTES_OF_ROOT):
                 os.unlink(min(notes, key=lambda note: note.stat().st_mtime_ns))
             with open(self._note_path(file), "w") as note:
                 note.write(f"{file.sha256} {key}")
@@ -140,7 +144,7 @@ class Checks:
             del self._running[file]
 
     async def _compare(self, file: ImageFile, ids: Ids) -> None:
-        turn = self._turns[file.owner] if file.owner else contextlib.nullcontext()
+        turn = self._turns.setdefault(file.owner, asyncio.Lock()) if file.owner else contextlib.nullcontext()
         try:
             async with turn, asyncio.timeout(SECONDS):
                 await self._read(file, ids)

@@ -199,17 +199,18 @@ def test_a_user_has_one_read_at_a_time(tmp_path: Path) -> None:
 
 
 def test_notes_are_few(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A user makes no more than so many, and none of another's go for them."""
-    monkeypatch.setattr(checks, "NOTES_PER_OWNER", 3)
+    """A user makes no more than so many, and none of another's go for them. A cache has more files than that."""
+    monkeypatch.setattr(checks, "NOTES_OF_USER", 3)
 
     async def use(made: Checks) -> None:
-        site = file_of(tmp_path / "site", b"site")
-        await made.check(site, site.key(), USERA, quiet)
+        cached = [file_of(tmp_path / f"part{number}", b"part") for number in range(5)]
+        for file in cached:
+            await made.check(file, file.key(), USERA, quiet)
         files = [file_of(tmp_path / f"his{number}", b"his", 61001) for number in range(5)]
         for file in files:
             await made.check(file, file.key(), USERA, quiet)
         nobody = Checks(Spawner(), str(tmp_path / "verified"))
-        for file in (site, *files[2:]):
+        for file in (*cached, *files[2:]):
             await nobody.check(file, file.key(), USERA, quiet)
         with pytest.raises(ChildDied):
             await nobody.check(files[0], files[0].key(), USERA, quiet)
