@@ -35,7 +35,10 @@ def parser() -> common.Parser:
         if verb == "ls":
             common.add_json(one)
             continue
-        reload_help = "shell command that makes OpenSM read the file, when it has changed: 'systemctl reload opensm'"
+        reload_help = (
+            "shell command that makes OpenSM read the file, when it has changed or an earlier call's command failed: "
+            "'systemctl reload opensm'"
+        )
         one.add_argument("--reload", default="", metavar="COMMAND", help=reload_help)
         one.add_argument("tenant", metavar="TENANT", help="a name, such as ENCLOS_TENANT")
         count = "+"
@@ -63,18 +66,32 @@ def run(arguments: list[str]) -> int:
             ports = [partitions.parse_guid(guid) for guid in given.guids]
             change = partitions.attach if given.verb == "attach" else partitions.detach
             changed = change(text, given.tenant, ports)
-            if changed != text:
+            if given.reload:
+                _change_and_reload(path, text, changed, given.reload)
+            elif changed != text:
                 _replace(path, changed)
-                if given.reload:
-                    subprocess.run(given.reload, shell=True, check=True)
             if given.verb == "attach":
                 print(f"{given.tenant} 0x{partitions.read(changed)[given.tenant].key:04x}")
     except (partitions.BadPartitions, OSError, UnicodeDecodeError) as error:
         detail = errors.reason(error.errno or 0) if isinstance(error, OSError) else str(error)
         raise errors.partition_failed(given.file, detail) from error
     except subprocess.CalledProcessError as error:
-        raise errors.partition_failed(given.file, f"{given.reload}: exit status {error.returncode}") from error
+        raise errors.partition_unread(given.file, given.reload, error.returncode) from error
     return 0
+
+
+def _change_and_reload(path: Path, text: str, changed: str, command: str) -> None:
+    """Change the file and have OpenSM read it; also what an earlier call changed whose command failed or never ran.
+
+    What OpenSM has not read is noted beside the file, before the file changes: a call that is killed leaves it, too.
+    """
+    unread = path.with_name(f"{path.name}.unread")
+    if changed != text:
+        unread.touch(mode=0o600)
+        _replace(path, changed)
+    if unread.exists():
+        subprocess.run(command, shell=True, check=True)
+        unread.unlink()
 
 
 def _show(found: dict[str, partitions.Partition], as_json: bool) -> None:

@@ -203,3 +203,12 @@ def rdma_too_few(text: str, found: int, busy: Sequence[str] = ()) -> EnclosError
 def partition_failed(file: str, detail: str) -> EnclosError:
     """OpenSM's file cannot be read or changed."""
     return EnclosError(f"partition: {file}", "not changed", detail, "nothing was written; see opensm(8) for the file")
+
+
+def partition_unread(file: str, command: str, status: int) -> EnclosError:
+    """The file is as it should be, and the site's command has not made OpenSM read it."""
+    return EnclosError(
+        f"partition: {file}",
+        f"OpenSM was not told ({command}: exit status {status})",
+        hint="it goes on with what it read before; the next 'enclos partition' with --reload tells it",
+    )

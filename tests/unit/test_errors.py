@@ -135,6 +135,7 @@ SAMPLES: dict[str, tuple[object, ...]] = {
     "rdma_move_failed": ("auto", "mlx5_0: [errno 95] Operation not supported"),
     "rdma_soft_failed": ("auto", errno.EINVAL, ""),
     "partition_failed": ("/etc/opensm/partitions.conf", "all partition keys are in use"),
+    "partition_unread": ("/etc/opensm/partitions.conf", "systemctl reload opensm", 1),
     "rdma_no_node": ("auto", "mlx5_0"),
     "rdma_hook_failed": ("/etc/enclos/partition", "the subnet manager does not answer"),
     "bad_option": ("workdir", "work", "it must be an absolute path"),

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 from enclos.runtime.cli import partition as verb
 from enclos.runtime.devices import partitions
 from enclos.runtime.devices.partitions import BEGIN, END, BadPartitions, attach, detach, read
-from enclos.runtime.errors.error import UsageError
+from enclos.runtime.errors.error import EnclosError, UsageError
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -189,6 +192,35 @@ def test_the_command_tells_opensm_by_a_command_of_the_sites(tmp_path: Path) -> N
     words = ["attach", f"--file={file}", f"--reload=echo reload >> {told}", "job7", "0x505400fffe000004"]
     assert verb.run(words) == 0 and verb.run(words) == 0
     # The second time nothing has changed.
+    assert told.read_text() == "reload\n"
+
+
+def test_what_opensm_could_not_be_told_it_is_told_by_the_next_call(tmp_path: Path) -> None:
+    """Also where that call changes nothing: a job's hook that failed is called again with the same ports."""
+    file, told, broken = tmp_path / "partitions.conf", tmp_path / "told", tmp_path / "broken"
+    file.write_text(SITE)
+    broken.touch()
+    reload = f"--reload=test ! -e {broken} && echo reload >> {told}"
+    attach_words = ["attach", f"--file={file}", reload, "job7", "0x505400fffe000004"]
+    for _ in range(2):
+        with pytest.raises(EnclosError, match="OpenSM was not told"):
+            verb.run(attach_words)
+    assert not told.exists()
+    # Who has no command to tell OpenSM has not told it either.
+    assert verb.run(["attach", f"--file={file}", "job7", "0x505400fffe000004"]) == 0
+    broken.unlink()
+    assert verb.run(attach_words) == 0 and verb.run(attach_words) == 0
+    assert told.read_text() == "reload\n"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["partitions.conf", "partitions.conf.lock", "told"]
+
+
+def test_a_call_that_is_killed_owes_the_reload_too(tmp_path: Path) -> None:
+    file, told = tmp_path / "partitions.conf", tmp_path / "told"
+    file.write_text(SITE)
+    words = ["attach", f"--file={file}", "--reload=kill -9 $PPID", "job7", "0x505400fffe000004"]
+    program = f"from enclos.runtime.cli import partition; partition.run({words!r})"
+    assert subprocess.run([sys.executable, "-c", program], check=False).returncode == -signal.SIGKILL
+    assert verb.run([*words[:2], f"--reload=echo reload >> {told}", *words[3:]]) == 0
     assert told.read_text() == "reload\n"
 
 
