@@ -13,9 +13,11 @@ from __future__ import annotations
 import grp
 import os
 import pwd
+import select
 import signal
 import socket
 import sys
+from contextlib import suppress
 
 from enclos.runtime import linux, protocol
 from enclos.runtime.tasks import TASKS, Task
@@ -34,9 +36,10 @@ def main() -> None:
     # The C library loads its name service modules now and not in every builder.
     pwd.getpwuid(0), grp.getgrgid(0)
     protocol.send(control, [("state", "ready")])
-    while (message := protocol.receive(control)) is not None:
-        with message:
-            _spawn(control, message)
+    with suppress(ConnectionResetError):  # The agent has ended without having read all that it was told.
+        while (message := protocol.receive(control)) is not None:
+            with message:
+                _spawn(control, message)
 
 
 def _spawn(control: socket.socket, message: protocol.Message) -> None:
@@ -76,12 +79,23 @@ def _child(control: socket.socket, task: Task, channel_fd: int, request: protoco
         control.detach()
         linux.set_name(f"enclos-{task.name}")
         with socket.socket(fileno=channel_fd) as channel:
-            _announce(channel)
-            status = task.run(channel, request)
+            try:
+                _announce(channel)
+                status = task.run(channel, request)
+            except OSError:
+                if not _is_abandoned(channel):
+                    raise
     except BaseException as error:
         _report(task, error)
     finally:
         os._exit(status)
+
+
+def _is_abandoned(channel: socket.socket) -> bool:
+    """Whether the agent has ended, and with it the reason for this child: that is no error of the child's."""
+    poll = select.poll()
+    poll.register(channel, 0)
+    return any(event & (select.POLLHUP | select.POLLERR) for _, event in poll.poll(0))
 
 
 def _report(task: Task, error: BaseException) -> None:
