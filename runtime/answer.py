@@ -64,7 +64,7 @@ class Answer:
             fields.append(("set", f"HOME={plan.ROOT_HOME}"))
         fields += _variables(request, container, commands)
         if network.kind == "job" and self._around.config.rdma.mode == "soft" and _rdma(container):
-            fields.append(("default", environment.SOFT_ROCE))
+            fields += [("default", environment.SOFT_ROCE), ("default", environment.UCX_QUIET)]
         if network.fd >= 0 and request.interface_variables:
             fields += self._without_interfaces(request, container, network, notices)
         if container.entrypoint:

@@ -28,6 +28,9 @@ PROTECTED_NAMES = frozenset(
 # (uct_ud_iface_check_grh, src/uct/ib/ud/base/ud_inl.h). Soft-RoCE leaves it 0, UCX drops each datagram over IPv4 as
 # another one's, and programs end after half a minute with "UD endpoint: unhandled timeout error".
 SOFT_ROCE = "UCX_UD_VERBS_ETH_DGID_CHECK=n"
+# A UCX built without InfiniBand (1.23 of Debian's unstable) knows no such variable, and says so on the standard output
+# of every task.
+UCX_QUIET = "UCX_WARN_UNUSED_ENV_VARS=n"
 
 
 @dataclass(frozen=True, slots=True)
