@@ -20,6 +20,7 @@ from pathlib import Path
 from enclos.runtime.cluster.layout import project_root
 
 RING_SOURCE = Path(__file__).with_name("ring.c")
+MODEX_SOURCE = Path(__file__).with_name("modex.c")
 DIRECTORIES = ("etc", "proc", "sys", "dev", "run", "root", "home", "mnt", "opt", "srv", "var/tmp", "usr/bin", "usr/lib")
 MERGED = {"bin": "usr/bin", "sbin": "usr/bin", "usr/sbin": "bin", "lib": "usr/lib", "lib64": "usr/lib64"}
 PROGRAMS = ("/bin/bash", "/sbin/ip")
@@ -129,7 +130,7 @@ def install(images: Path, mpi: str = "openmpi") -> Image:
 
 
 def _fingerprint(mpi: str) -> str:
-    digest = hashlib.sha256(Path(__file__).read_bytes() + RING_SOURCE.read_bytes())
+    digest = hashlib.sha256(b"".join(path.read_bytes() for path in (Path(__file__), RING_SOURCE, MODEX_SOURCE)))
     compiler = shutil.which(f"mpicc.{mpi}")
     if compiler is None:
         raise ImageError(f"mpicc.{mpi} is not installed; `make deps` installs it")
@@ -205,8 +206,10 @@ def _busybox(root: Path) -> None:
 
 
 def _openmpi(root: Path) -> None:
-    """Add what OpenMPI and PMIx open by name, which ldd does not show."""
+    """Add a program for PMIx alone, and what OpenMPI and PMIx open by name, which ldd does not show."""
     library = _library_folder(root, "libmpi.so.40")
+    modex = [f"-I{library}/pmix2/include", "-o", str(root / "usr/bin/modex"), str(MODEX_SOURCE), "-l:libpmix.so.2"]
+    _run(["gcc", "-O2", "-Wall", "-Wextra", "-Werror", *modex])
     components = library / "openmpi/lib/openmpi3"
     chosen = [components / f"mca_{name}.so" for name in OPENMPI_COMPONENTS]
     wanted = [path for path in chosen if path.exists()]
@@ -215,7 +218,7 @@ def _openmpi(root: Path) -> None:
     pmix = sorted((library / "pmix2/lib/pmix").glob("*.so"))
     for path in (*wanted, *pmix):
         _copy(root, path)
-    _copy_libraries(root, [*wanted, *pmix])
+    _copy_libraries(root, [*wanted, *pmix, root / "usr/bin/modex"])
     for folder in (library / "pmix2/share/pmix", Path("/usr/share/pmix")):
         if folder.is_dir():
             shutil.copytree(folder.resolve(), root / folder.relative_to("/"), dirs_exist_ok=True)

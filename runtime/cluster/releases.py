@@ -149,15 +149,23 @@ def debootstrap(suite: str, path: Path, wanted: list[str]) -> None:
         raise ReleaseError("debootstrap is not installed; `make deps` installs it")
     shutil.rmtree(path, ignore_errors=True)
     values = {"suite": suite, "root": str(path), "mirror": mirror(), "packages": " ".join(wanted)}
-    log = path.with_suffix(".log")
-    command = ["unshare", "--mount", "--fork", "--kill-child", "sh", "-c", MAKE_ROOT]
+    run(MAKE_ROOT, values, path.with_suffix(".log"), f"a root of Debian's {suite}")
+
+
+def run(script: str, values: Mapping[str, str], log: Path, made: str) -> None:
+    """Run a shell script in a mount namespace of its own, with values as its variables.
+
+    Raises:
+        ReleaseError: it failed; the text has the end of its log.
+    """
+    command = ["unshare", "--mount", "--fork", "--kill-child", "sh", "-c", script]
     with log.open("w") as output:
         done = subprocess.run(
             command, env=_environment(values), stdin=subprocess.DEVNULL, stdout=output, stderr=output, check=False
         )
     if done.returncode != 0:
         tail = "\n".join(log.read_text(errors="replace").splitlines()[-5:])
-        raise ReleaseError(f"cannot make a root of Debian's {suite} ({log}):\n{tail}")
+        raise ReleaseError(f"cannot make {made} ({log}):\n{tail}")
 
 
 def packages(listed: Path) -> list[str]:

@@ -8,7 +8,7 @@ import tomllib
 from pathlib import Path
 
 import pytest
-from enclos.runtime.cluster import mpi_matrix, releases
+from enclos.runtime.cluster import releases
 
 ROOT = Path(__file__).resolve().parents[2]
 LISTED = ROOT / ".ci/packages"
@@ -61,23 +61,3 @@ def test_build_changes_with_every_source(tmp_path: Path) -> None:
     (tmp_path / "runtime/linux/_linux.c").write_text("made by the build")
     digests.add(releases._sources_digest(tmp_path))
     assert len(digests) == 6
-
-
-@pytest.mark.parametrize(
-    ("status", "shown", "result"),
-    [
-        (0, "rank 0\nring of 2: 3 rounds in 0.1 s, all data right\n", "works"),
-        (0, "ring of 1: 3 rounds, all data right\nring of 1: 3 rounds, all data right\n", "alone"),
-        (1, "ring of 2: 3 rounds, all data right\n", "fails"),
-        (0, "", "fails"),
-    ],
-)
-def test_matrix_tells_what_became_of_two_ranks(status: int, shown: str, result: str) -> None:
-    assert mpi_matrix.judge(status, shown) == result
-
-
-def test_matrix_page_in_the_docs_has_a_row_for_each_image() -> None:
-    page = (ROOT / "docs/mpi-matrix.md").read_text()
-    assert page.startswith(mpi_matrix.HEAD)
-    for suite in releases.SUITES.values():
-        assert len(re.findall(rf"^\| {suite}: ", page, re.MULTILINE)) == len(mpi_matrix.LIBRARIES)
