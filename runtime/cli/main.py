@@ -7,6 +7,7 @@ VERBS. Runs as whoever types the command.
 
 from __future__ import annotations
 
+import errno
 import os
 import sys
 from collections.abc import Sequence
@@ -69,16 +70,33 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except EnclosError as error:
         if debug:
             raise
-        from enclos.runtime.cli import common
-
-        common.report(error)
-        return EXIT_USAGE if isinstance(error, UsageError) else EXIT_FAILED
+        return _report(error)
     except BrokenPipeError:
-        # The reader (head, less) has gone. Python would complain again when it flushes at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY | os.O_CLOEXEC), sys.stdout.fileno())
+        # The reader (head, less) has gone.
+        _forget_output()
         return EXIT_FAILED
+    except OSError as error:
+        # A full disk; an error about a file of ours would name it.
+        if debug or error.errno != errno.ENOSPC or error.filename is not None:
+            raise
+        from enclos.runtime import errors
+
+        _forget_output()
+        return _report(errors.output_failed(os.strerror(error.errno).lower()))
     except KeyboardInterrupt:
         return EXIT_INTERRUPTED
+
+
+def _report(error: EnclosError) -> int:
+    from enclos.runtime.cli import common
+
+    common.report(error)
+    return EXIT_USAGE if isinstance(error, UsageError) else EXIT_FAILED
+
+
+def _forget_output() -> None:
+    """Python would complain again when it flushes at exit."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY | os.O_CLOEXEC), sys.stdout.fileno())
 
 
 def _fill_standard_descriptors() -> None:

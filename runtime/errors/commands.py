@@ -54,6 +54,11 @@ def config_not_a_section(path: str, line: int, key: str) -> EnclosError:
     )
 
 
+def output_failed(detail: str) -> EnclosError:
+    """The command cannot write what it found."""
+    return EnclosError("standard output", f"cannot be written ({detail})", hint="what it leads to is full or broken")
+
+
 def usage(verb: str, detail: str) -> EnclosError:
     """Bad arguments of the command; `verb` is empty before one was found."""
     command = f"enclos {verb}".rstrip()

@@ -203,6 +203,15 @@ def test_a_reader_that_goes_away_is_no_traceback() -> None:
     assert done.stderr == ""
 
 
+@pytest.mark.parametrize("words", [["--help"], ["config", "show"], ["config", "show", "--json"]])
+def test_a_full_disk_is_no_traceback(words: list[str]) -> None:
+    with open("/dev/full", "w") as full:
+        done = subprocess.run([*ENCLOS, *words], stdout=full, stderr=subprocess.PIPE, text=True, check=False)
+    assert done.returncode == 1
+    assert done.stderr.splitlines()[0] == "enclos: standard output: cannot be written (no space left on device)"
+    assert len(done.stderr.splitlines()) == 2
+
+
 def test_a_verb_imports_only_what_it_needs() -> None:
     program = (
         "import sys\nfrom enclos.runtime.cli.main import main\nmain(['--help'])\nprint(*sys.modules, file=sys.stderr)"

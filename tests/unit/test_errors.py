@@ -134,6 +134,7 @@ SAMPLES: dict[str, tuple[object, ...]] = {
     "rdma_in_use": ("mlx5_0", "mlx5_0", "its interface ib0 has an address of the node"),
     "rdma_move_failed": ("auto", "mlx5_0: [errno 95] Operation not supported"),
     "rdma_soft_failed": ("auto", errno.EINVAL, ""),
+    "output_failed": ("no space left on device",),
     "partition_failed": ("/etc/opensm/partitions.conf", "all partition keys are in use"),
     "partition_unread": ("/etc/opensm/partitions.conf", "systemctl reload opensm", 1),
     "rdma_no_node": ("auto", "mlx5_0"),
