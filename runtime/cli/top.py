@@ -9,9 +9,9 @@ from __future__ import annotations
 import os
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,12 @@ from enclos.runtime.cli import client, common
 from enclos.runtime.cli.ps import step_name, user_name
 from enclos.runtime.limits import CPU_PERIOD_US
 
-HEAD = ("STEP", "USER", "CPU", "OF", "MEMORY", "OF", "SWAP", "PROCESSES", "OF", "READ/s", "WRITTEN/s", "IMAGE")
+HEAD = (
+    *("STEP", "USER", "CPU", "OF", "MEMORY", "OF", "SWAP", "PROCESSES", "OF"),
+    *("READ/s", "WRITTEN/s", "OTHERS", "IMAGE"),
+)
+# What a key of io.max limits, as io.stat counts it.
+DISK_COUNTERS = {"rbps": "rbytes", "wbps": "wbytes", "riops": "rios", "wiops": "wios"}
 CLEAR = "\x1b[H\x1b[2J"
 
 
@@ -36,6 +41,17 @@ class Sample:
     processes: int
     read: int | None
     written: int | None
+    # By device, as "8:0", and name of the counter.
+    disks: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Other:
+    """Use of what few containers have a limit on, and the limit; `name` is as in --container-limit."""
+
+    name: str
+    use: float
+    limit: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,6 +72,7 @@ class Use:
     processes_limit: int | None
     read_bytes_per_second: float | None
     written_bytes_per_second: float | None
+    others: tuple[Other, ...]
 
 
 def run(arguments: list[str]) -> int:
@@ -64,7 +81,8 @@ def run(arguments: list[str]) -> int:
         prog="enclos top",
         description="Show what the containers on this node use, yours or all for root, and what they may: processors, "
         "memory, swap, processes, and disk traffic where the io controller is enabled. OF is the smallest limit that "
-        "holds, Slurm's or the container's own. Where Slurm makes no cgroups, the step's processes are added up.",
+        "holds, Slurm's or the container's own; OTHERS are its limits on disks, huge pages and RDMA devices. Where "
+        "Slurm makes no cgroups, the step's processes are added up.",
     )
     common.add_json(parser)
     help_interval = "length of a measurement (default: 1)"
@@ -117,15 +135,16 @@ def _from_cgroup(directory: Path) -> Sample | None:
     if not directory.is_dir():
         return None
     counters = _pairs(directory / "cpu.stat")
-    disks = [_fields(row) for row in _text(directory / "io.stat").splitlines()]
+    disks = _rows(directory / "io.stat")
     has_io = (directory / "io.stat").exists()
     return Sample(
         counters.get("usage_usec", 0) / 1e6,
         _number(directory / "memory.current"),
         _number(directory / "memory.swap.current"),
         _number(directory / "pids.current") or sum(1 for _ in _processes(directory)),
-        sum(disk.get("rbytes", 0) for disk in disks) if has_io else None,
-        sum(disk.get("wbytes", 0) for disk in disks) if has_io else None,
+        sum(disk.get("rbytes", 0) for disk in disks.values()) if has_io else None,
+        sum(disk.get("wbytes", 0) for disk in disks.values()) if has_io else None,
+        disks,
     )
 
 
@@ -178,7 +197,25 @@ def use(container: Mapping[str, Any], before: Sample, after: Sample, seconds: fl
         limit("pids.max"),
         rate(before.read, after.read),
         rate(before.written, after.written),
+        tuple(_others(Path(directory), before, after, seconds)) if directory else (),
     )
+
+
+def _others(directory: Path, before: Sample, after: Sample, seconds: float) -> Iterator[Other]:
+    """Limits on disks, huge pages and RDMA devices of the step's own cgroup: Slurm has none of these."""
+    for disk, limits in _rows(directory / "io.max").items():
+        for key, most in limits.items():
+            counter = DISK_COUNTERS.get(key, "")
+            used = after.disks.get(disk, {}).get(counter, 0) - before.disks.get(disk, {}).get(counter, 0)
+            yield Other(f"io={disk}:{key}", max(0.0, used / seconds), most)
+    for path in sorted(directory.glob("hugetlb.*.max")):
+        _, page, *rest = path.name.split(".")
+        if rest == ["max"] and (pages := _number(path)) is not None:
+            yield Other(f"hugetlb={page.removesuffix('B')}", _number(directory / f"hugetlb.{page}.current") or 0, pages)
+    current = _rows(directory / "rdma.current")
+    for device, limits in _rows(directory / "rdma.max").items():
+        for key, most in limits.items():
+            yield Other(f"rdma={device}:{key}", current.get(device, {}).get(key, 0), most)
 
 
 def line(found: Use) -> tuple[str, ...]:
@@ -195,8 +232,16 @@ def line(found: Use) -> tuple[str, ...]:
         "-" if found.processes_limit is None else str(found.processes_limit),
         size(found.read_bytes_per_second),
         size(found.written_bytes_per_second),
+        " ".join(_against(one) for one in found.others) or "-",
         found.image,
     )
+
+
+def _against(one: Other) -> str:
+    """In bytes, or how many."""
+    if one.name.startswith("hugetlb") or one.name.endswith("bps"):
+        return f"{one.name} {size(one.use)}/{size(one.limit)}"
+    return f"{one.name} {one.use:g}/{one.limit}"
 
 
 def size(number: float | None) -> str:
@@ -227,6 +272,8 @@ def _pairs(path: Path) -> dict[str, int]:
     return {row[0]: int(row[1]) for row in rows if len(row) == 2 and row[1].isdigit()}
 
 
-def _fields(row: str) -> dict[str, int]:
-    pairs: Sequence[tuple[str, str, str]] = [word.partition("=") for word in row.split()[1:]]
-    return {name: int(value) for name, _, value in pairs if value.isdigit()}
+def _rows(path: Path) -> dict[str, dict[str, int]]:
+    """Of a file with a device a row, such as io.stat: its numbers by their names; "max" is none."""
+    rows = [row.split() for row in _text(path).splitlines()]
+    pairs = {row[0]: [word.partition("=") for word in row[1:]] for row in rows if row}
+    return {one: {name: int(value) for name, _, value in words if value.isdigit()} for one, words in pairs.items()}
