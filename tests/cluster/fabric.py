@@ -30,8 +30,12 @@ fi
 """
 
 
-def plug_into(cluster: Cluster) -> None:
-    """Give each of two nodes two cards, its switch, and the uplink to the fabric in the guest's own namespace."""
+def plug_into(cluster: Cluster, *, cables: bool = True) -> None:
+    """Give each of two nodes two cards, its switch, and the uplink to the fabric in the guest's own namespace.
+
+    Args:
+        cables: False for cards whose packets do not leave the guest (cards.plug); they are on the fabric at once.
+    """
     cards.require()
     command("ip", "link", "add", "fabric", "type", "bridge")
     command("ip", "link", "set", "fabric", "up")
@@ -42,8 +46,11 @@ def plug_into(cluster: Cluster) -> None:
         on(cluster, node, "ip link add pf type bridge vlan_filtering 1")
         on(cluster, node, "ip link set dev pf up; ip link set dev uplink master pf up")
         for number in (2 * place, 2 * place + 1):
-            cards.plug(number)
+            cards.plug(number, cable=cables)
             give(cluster, node, number)
+            if not cables:
+                command("ip", "link", "set", "dev", f"sw{number}", "master", "fabric", "up")
+                continue
             command("ip", "link", "set", f"sw{number}", "netns", pid)
             on(cluster, node, f"ip link set dev sw{number} master pf up")
         hook = cluster.layout.node_etc(node) / "hook"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import os
+import select
 import signal
 import struct
 import subprocess
@@ -320,9 +321,10 @@ def test_the_terminal_changes_its_size(running: Step, cluster: Cluster) -> None:
 
 
 def read_until(terminal: BinaryIO, text: bytes) -> str:
-    """What comes until that text, with the line that it is in."""
+    """What comes until that text, with the line that it is in; not longer than a program needs to start."""
     seen = b""
     while text not in seen or not seen.endswith(b"\n"):
+        assert select.select([terminal], [], [], 60)[0], seen
         seen += os.read(terminal.fileno(), 4096)
     return seen.decode()
 

@@ -204,7 +204,8 @@ def test_figures_of_a_pingpong() -> None:
 
 
 def test_a_container_that_costs_verbs_something_is_missed() -> None:
-    cases = {"node": [100.0, 200.0, 100.0], "container": [101.0, 204.0, 100.0], "overlay TCP": [50.0, 60.0, 55.0]}
+    cases = {"node": [100.0, 200.0, 100.0], "container": [101.0, 204.0, 100.0]}
+    cases |= {"node with the guard": [105.0, 210.0, 102.0], "overlay TCP": [50.0, 60.0, 55.0]}
     slower = {**cases, "container": [110.0, 220.0, 110.0]}
     vague = {**cases, "container": [90.0, 200.0, 104.0]}
     found = {rdma.LATENCY: cases, rdma.BANDWIDTH: slower, "of which too little is known, s": vague}
@@ -214,7 +215,10 @@ def test_a_container_that_costs_verbs_something_is_missed() -> None:
         ("1.100 (1.100 to 1.100)", False),
         ("1.000 (0.900 to 1.040)", False),
     ]
-    assert result.notes[0] == "latency, us: TCP over the overlay is 0.55 of verbs"
+    assert result.notes[:2] == [
+        "latency, us: with the guard's table the node has 1.050 of what it has without",
+        "latency, us: TCP over the overlay is 0.55 of verbs",
+    ]
 
 
 def test_interval_of_a_median() -> None:

@@ -31,7 +31,8 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="tests/vm/vm", description=__doc__)
     parser.add_argument("--kernel", default="new", choices=(*kernels.SUITES, EXCLUSIVE), help=KERNEL_HELP)
     parser.add_argument("--slurm", default="", metavar="RELEASE", help="Slurm of the tests' clusters (default: own)")
-    parser.add_argument("--counting", action="store_true", help="the guest's clock counts instructions: for benchmarks")
+    parser.add_argument("--counting", action="store_true", help="the guest's clock counts instructions, not seconds")
+    parser.add_argument("--cpus", type=int, default=2, help="its processors (default: %(default)s)")
     parser.add_argument("--timeout", type=float, default=1800, help="seconds after which a guest is ended")
     verbs = parser.add_subparsers(dest="verb", required=True)
     verbs.add_parser("shell", help="a shell in a guest; exit ends it, ctrl-A x at once")
@@ -48,7 +49,7 @@ def main() -> int:
         kernel = kernels.fetch("new" if arguments.kernel == EXCLUSIVE else arguments.kernel)
         what = [arguments.verb, arguments.kernel, *([arguments.slurm] if arguments.slurm else [])]
         folder = guest.scratch("-".join(what))
-        machine = guest.Guest(kernel, folder, variables=VARIABLES, counting=arguments.counting)
+        machine = guest.Guest(kernel, folder, cpus=arguments.cpus, variables=VARIABLES, counting=arguments.counting)
         missing = _add_cards(machine) if arguments.kernel == EXCLUSIVE else ""
         status = _serve(machine, arguments, rest)
         if missing:

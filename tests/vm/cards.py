@@ -32,8 +32,19 @@ def command(*words: str) -> str:
     return subprocess.run(words, capture_output=True, text=True, check=True).stdout
 
 
-def plug(number: int) -> None:
-    """Name both ends of a card's cable, bring them up, and make its device."""
+def plug(number: int, *, cable: bool = True) -> None:
+    """Name both ends of a card's cable, bring them up, and make its device.
+
+    Args:
+        cable: False for a pair of veth. Those end with the namespace that they are in, but no packet leaves the guest:
+            qemu delivers what a cable carries by the host's clock.
+    """
+    if not cable:
+        command("ip", "link", "add", f"sw{number}", "type", "veth", "peer", "name", f"vf{number}")
+        command("ip", "link", "set", f"vf{number}", "up")
+        command("ip", "link", "set", f"sw{number}", "up")
+        command("rdma", "link", "add", f"rx{number}", "type", "rxe", "netdev", f"vf{number}")
+        return
     for prefix, index in (("vf", 2 * number), ("sw", 2 * number + 1)):
         name = _named(f"52:54:00:00:00:{index:02x}")
         command("ip", "link", "set", name, "down")
