@@ -68,7 +68,7 @@ class Row:
     """A library of an image, with its versions, and what came of it by launcher."""
 
     suite: str
-    library: str
+    mpi: str
     versions: str
     results: tuple[str, ...]
 
@@ -92,7 +92,7 @@ class Section:
         return f"\n{title}\n{''.join(table)}"
 
     def row(self, suite: str, library: str) -> Row | None:
-        return next((row for row in self.rows if (row.suite, row.library) == (suite, library)), None)
+        return next((row for row in self.rows if (row.suite, row.mpi) == (suite, library)), None)
 
 
 def write(path: Path, name: str) -> None:
@@ -222,7 +222,7 @@ def differences(page: Section, seen: Section, suite: str) -> tuple[list[str], li
     """
     wrong, moved = [], []
     for row in (row for row in seen.rows if row.suite == suite):
-        known = page.row(suite, row.library)
+        known = page.row(suite, row.mpi)
         if known is None or (known.versions, page.pmix) != (row.versions, seen.pmix):
             before = f"{known.versions} under PMIx {page.pmix or 'none'}" if known else "nothing"
             moved.append(f"{suite} has {row.versions} under PMIx {seen.pmix or 'none'} now; the page tells of {before}")

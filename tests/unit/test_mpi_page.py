@@ -41,7 +41,7 @@ def test_the_page_in_the_docs_is_as_the_command_writes_it() -> None:
     assert list(sections) == list(releases.SUITES)
     assert mpi_matrix.page(sections.values()) == PAGE
     for section in sections.values():
-        cells = [(row.suite, row.library, len(row.results)) for row in section.rows]
+        cells = [(row.suite, row.mpi, len(row.results)) for row in section.rows]
         width = len(mpi_matrix.LAUNCHERS)
         assert cells == [(s, library, width) for s in releases.SUITES.values() for library in mpi_images.LIBRARIES]
 
