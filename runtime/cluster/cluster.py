@@ -16,6 +16,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from types import TracebackType
 
 from enclos.runtime.cluster import cgroups, daemons, nodes, releases, slurm, users
 from enclos.runtime.cluster.layout import (
@@ -39,7 +40,19 @@ class ClusterError(RuntimeError):
 
 
 class Running(subprocess.Popen[str]):
-    """A command on a machine of the cluster. Signals go to the command, not to the nsenter that waits for it."""
+    """A command on a machine of the cluster. Signals go to the command, not to the nsenter that waits for it.
+
+    As a context it waits for the command's end; an exception ends the command first, which might never end by itself.
+    """
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if kind is not None:
+            self.kill()
+            # Where it had not begun yet, only nsenter was there.
+            super().send_signal(signal.SIGKILL)
+        super().__exit__(kind, error, trace)
 
     def send_signal(self, sig: int) -> None:
         """Send a signal to the command itself; one that is gone is fine."""

@@ -57,6 +57,13 @@ def test_nodes_have_their_own_tmp_run_and_shm(cluster: Cluster) -> None:
         cluster.run(f"rm {folder}/only-n1", node="n1")
 
 
+def test_a_test_that_fails_ends_its_command(cluster: Cluster) -> None:
+    """It would wait for it, perhaps for ever: the failure was never told."""
+    with pytest.raises(AssertionError), cluster.popen(["sleep", "1000"], node="n1") as sleeper:
+        raise AssertionError
+    assert sleeper.returncode is not None
+
+
 def test_nodes_see_only_their_own_processes(cluster: Cluster) -> None:
     with cluster.popen(["sleep", "30"], node="n1") as sleeper:
         while sleeper.command() is None:
