@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import pytest
-from conftest import Leftovers, plain, said
+from conftest import PATIENCE, Leftovers, plain, said
 from enclos.runtime.cluster.cluster import Cluster, Running
 from faults import Point, kill, points, processes, spare, stopping
 
@@ -94,7 +94,7 @@ def allocation(fragile: Cluster, clean: Leftovers) -> Iterator[str]:
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
 def test_mpi_goes_on(fragile: Cluster, clean: Leftovers, number: int) -> None:
-    ring = ["srun", "-N2", "-n4", "--mpi=pmix", IMAGE, NETWORK, "/usr/bin/ring", "--seconds", "4"]
+    ring = ["srun", "-N2", "-n4", "--mpi=pmix", IMAGE, NETWORK, "/usr/bin/ring", "--seconds", str(4 * PATIENCE)]
     running = start(fragile, ring)
     assert running.stdout is not None
     assert running.stdout.readline().startswith("rank")
@@ -377,7 +377,7 @@ def test_damaged_records_are_ignored_and_removed(fragile: Cluster, clean: Leftov
 
 
 def test_a_lost_record_of_a_job_keeps_its_running_step_working(fragile: Cluster, clean: Leftovers) -> None:
-    ring = ["srun", "-N2", "-n2", "--mpi=pmix", IMAGE, NETWORK, "/usr/bin/ring", "--seconds", "3"]
+    ring = ["srun", "-N2", "-n2", "--mpi=pmix", IMAGE, NETWORK, "/usr/bin/ring", "--seconds", str(3 * PATIENCE)]
     running = start(fragile, ring)
     assert running.stdout is not None
     assert running.stdout.readline().startswith("rank")

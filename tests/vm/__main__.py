@@ -18,7 +18,7 @@ from vm import guest, kernels, rxe, verbs
 
 ROOT = Path(__file__).resolve().parents[2]
 # In a guest a feature that is missing is a failure, where the same test skips on the host; and everything takes longer.
-VARIABLES = {"ENCLOS_REQUIRE": "cgroup2 rdma nfs", "ENCLOS_CLUSTER_DEADLINE": "200"}
+VARIABLES = {"ENCLOS_REQUIRE": "cgroup2 rdma nfs", "ENCLOS_CLUSTER_DEADLINE": "200", "ENCLOS_PATIENCE": "6"}
 EXCLUSIVE = "exclusive"
 KERNEL_HELP = "which kernel (default: new); exclusive: the new one, with RDMA devices that belong to one namespace"
 MARKS = {"new": "vm or vm_new", EXCLUSIVE: "vm_exclusive"}
