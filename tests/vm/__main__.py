@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from enclos.runtime.cluster import image, releases
-from enclos.runtime.cluster.cluster import Cluster
+from enclos.runtime.cluster.cluster import Cluster, ClusterError
 
 from vm import guest, kernels, rxe, verbs
 
@@ -42,6 +42,8 @@ def main() -> int:
     arguments, rest = parser.parse_known_args()
     if rest and arguments.verb != "test":
         parser.error(f"unknown: {' '.join(rest)}")
+    if arguments.verb == "run" and not arguments.words:
+        parser.error("run: no command")
     if shutil.which(guest.QEMU) is None:
         print(f"vm: not installed: {guest.QEMU}; `make deps` installs what is needed", file=sys.stderr)
         return 1
@@ -55,7 +57,7 @@ def main() -> int:
         if missing:
             print(f"vm: RDMA DEVICES THAT MOVE WERE NOT TESTED: {missing}", file=sys.stderr)
         return status
-    except kernels.KernelUnavailable as error:
+    except (kernels.KernelUnavailable, guest.FolderInUse, ClusterError) as error:
         print(f"vm: {error}", file=sys.stderr)
         return 1
 

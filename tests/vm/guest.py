@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import shutil
 import subprocess
@@ -25,6 +26,10 @@ OPTIONS = {"6.1": ["cgroup_disable=hugetlb"]}
 CONSOLE_LINES = 60
 # 2^0 ns for each instruction; while it waits, for the host too, time goes on as the host's.
 COUNTING = "shift=0,sleep=on"
+
+
+class FolderInUse(RuntimeError):
+    """Another guest has the folder; the text says which, and what to do."""
 
 
 @dataclass(slots=True)
@@ -121,6 +126,8 @@ class Guest:
         """The command line. Software emulation: it works in any machine, also a virtual one."""
         shares = {"host": Path("/"), "modules": self.kernel.modules, "result": self.folder}
         command = [
+            # A guest whose maker was killed would go on for as long as it likes.
+            "setpriv", "--pdeathsig", "KILL",
             QEMU, "-nodefaults", "-no-reboot", "-display", "none",
             "-machine", "q35", "-cpu", "max,la57=off,pmu=off",
             "-accel", f"tcg,thread={'single' if self.counting else 'multi'},tb-size=512",
@@ -141,9 +148,20 @@ class Guest:
 
 
 def scratch(name: str) -> Path:
-    """A folder for a guest's results, empty but for `cache`: which tests failed the last time."""
+    """A folder for a guest's results, empty but for `cache`: which tests failed the last time. It is this process' own.
+
+    Raises:
+        FolderInUse: another process has it.
+    """
     folder = Path(os.environ.get("ENCLOS_VM_RESULTS", "build/vm")).absolute() / name
     folder.mkdir(parents=True, exist_ok=True)
+    # Stays open, and locked, until the process ends; qemu does not get it.
+    fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(fd)
+        raise FolderInUse(f"another guest has {folder}; ENCLOS_VM_RESULTS=FOLDER gives this one a place") from None
     for path in folder.iterdir():
         if path.name == "cache":
             continue

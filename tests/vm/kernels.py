@@ -69,9 +69,9 @@ def fetch(name: str) -> Kernel:
                 try:
                     _download(SUITES[name], fresh)
                     break
-                except KernelUnavailable:
+                except KernelUnavailable as error:
                     if attempt == ATTEMPTS:
-                        raise
+                        raise KernelUnavailable(f"kernel {name} cannot be fetched: {error}") from error
             fresh.rename(folder)
     return _find(name, folder)
 
@@ -129,6 +129,8 @@ class Apt:
             'Dir::State::status "/dev/null";\n'
             'Acquire::Languages "none";\n'
             'APT::Sandbox::User "root";\n'
+            # As shipped, a list that cannot be had is a warning, and the kernel "is not found".
+            'APT::Update::Error-Mode "any";\n'
         )
         self.environment = {**os.environ, "APT_CONFIG": str(folder / "apt.conf")}
 
