@@ -12,8 +12,8 @@ from enclos.runtime.policy import Decision
 
 OPTION = "--container-limit"
 
-Row = tuple[str, str]
-"""A limit of ours that is in force: file, and subject in messages. Kept in the step's record."""
+Row = tuple[str, str, str]
+"""A limit of ours that is in force: file, subject in messages, field of the file. Kept in the step's record."""
 
 
 class StepLimits:
@@ -57,8 +57,8 @@ class StepLimits:
             made = [limit for limit in made if limit not in held]
         except cgroup.Refused as fact:
             raise self._word(fact) from fact
-        rows = [(limit.file, self._subject(limit)) for limit in made]
-        if self._oom_group and any(file == "memory.max" for file, _ in rows):
+        rows = [(limit.file, self._subject(limit), limit.field) for limit in made]
+        if self._oom_group and any(limit.file == "memory.max" for limit in made):
             cgroup.set_oom_group(directory)
         return rows
 
@@ -83,11 +83,17 @@ def news(directory: str, rows: Iterable[Sequence[str]]) -> list[errors.EnclosErr
 
     Only what happened at the step's own cgroup counts: Slurm words what its limits on the job did.
     """
-    subjects = {row[0]: row[1] for row in rows}
-    if not subjects.keys() & {"memory.max", "pids.max"}:
-        return []
-    happened = cgroup.events(directory)
     found = []
+    subjects = {}
+    for file, subject, *field in rows:  # An older agent's record has no field.
+        subjects[file] = subject
+        if file.startswith("hugetlb.") and (count := cgroup.refused_huge_pages(directory, file)):
+            found.append(errors.limit_refused_huge_pages(subject, count))
+        if file == "rdma.max" and (count := cgroup.refused_rdma(directory, "".join(field))):
+            found.append(errors.limit_refused_rdma(subject, count))
+    if not subjects.keys() & {"memory.max", "pids.max"}:
+        return found
+    happened = cgroup.events(directory)
     if happened.killed and "memory.max" in subjects:
         found.append(errors.limit_killed(subjects["memory.max"], happened.killed))
     if happened.refused_forks and "pids.max" in subjects:

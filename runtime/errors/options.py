@@ -156,6 +156,24 @@ def limit_refused_forks(subject: str, count: int) -> EnclosError:
     )
 
 
+def limit_refused_huge_pages(subject: str, count: int) -> EnclosError:
+    """Told when a task ends: the limit of huge pages of one size was reached."""
+    return UserError(
+        subject,
+        f"the step reached this limit (huge pages were refused {count} times)",
+        hint="ask for more, or use fewer; a program without one sees ENOMEM, or ends with a bus error",
+    )
+
+
+def limit_refused_rdma(subject: str, count: int) -> EnclosError:
+    """Told when a task ends: the limit of handles or objects of an RDMA device was reached."""
+    return UserError(
+        subject,
+        f"the step reached this limit (objects of the device were refused {count} times)",
+        hint="ask for more: each queue, region of memory and protection domain of each task counts",
+    )
+
+
 def readonly_and_writable() -> EnclosError:
     """Both forms at once."""
     return UserError("", "both --container-writable and --container-readonly were specified", hint="give one of them")

@@ -231,6 +231,7 @@ def test_rdma_limits_hold_in_a_job_network(cluster: Cluster) -> None:
     shown = srun(cluster, *options, "sh", "-c", "cat /sys/fs/cgroup/rdma.max; timeout 20 ibv_rc_pingpong -g 1")
     assert "rx0 hca_handle=1 hca_object=2" in shown.stdout
     assert shown.returncode != 0 and re.search("Couldn't (create|register|allocate)", shown.stderr)
+    assert "--container-limit=rdma=rx0:hca_object=2: the step reached this limit (objects of the device" in shown.stderr
     enough = "--container-limit=rdma=rx0:hca_handle=1:hca_object=20"
     ran = srun(cluster, "--container-rdma=rx0", enough, "sh", "-c", "timeout 5 ibv_rc_pingpong -g 1; echo $?")
     # It waits for its peer until it is ended; busybox says so in its own way.

@@ -152,6 +152,8 @@ SAMPLES: dict[str, tuple[object, ...]] = {
     "delegate_failed": ("device or resource busy",),
     "limit_killed": ("--container-limit=memory=64M", 2),
     "limit_refused_forks": ("--container-limit=pids=8", 3),
+    "limit_refused_huge_pages": ("--container-limit=hugetlb=2M:1G", 3),
+    "limit_refused_rdma": ("--container-limit=rdma=mlx5_0:hca_object=1000", 3),
     "unshare_pid": (),
     "unshare_against_network": ("job",),
     "profile_not_found": ("pytorch", "searched /etc/enclos/profiles"),
