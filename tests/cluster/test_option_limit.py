@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import subprocess
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 from conftest import Leftovers, require_cgroup2
@@ -14,6 +15,7 @@ from enclos.runtime.cluster.cluster import Cluster
 
 IMAGE = "--container-image=/images/openmpi.sqsh"
 CGROUP = "/sys/fs/cgroup"
+HUGE = Path(__file__).with_name("hugepages.c")
 # That guest's kernel is told to have no controller for huge pages.
 OLD = os.uname().release.startswith("6.1.")
 # As much memory as the word says, in a shell's variable: busybox has no tool that only allocates.
@@ -49,24 +51,88 @@ def test_controllers_that_slurm_leaves_off(limited: Cluster) -> None:
     assert "memory.max" in without.stdout and "io.max" not in without.stdout
 
 
+@pytest.fixture
+def disk(limited: Cluster) -> Iterator[str]:
+    """A disk with a file system, which users of n1 find at /tmp/disk; its numbers as 7:3."""
+    file = limited.layout.state / "disk"
+    with file.open("wb") as made:
+        made.truncate(32 << 20)
+    subprocess.run(["mkfs.ext4", "-q", "-O", "^has_journal", str(file)], check=True)
+    loop = subprocess.run(["losetup", "--find", "--show", str(file)], check=True, stdout=subprocess.PIPE, text=True)
+    device = loop.stdout.strip()
+    made_ready = limited.run(f"mkdir /tmp/disk && mount {device} /tmp/disk && chmod 1777 /tmp/disk", node="n1")
+    assert made_ready.returncode == 0, made_ready.stderr
+    number = os.stat(device).st_rdev
+    yield f"{os.major(number)}:{os.minor(number)}"
+    limited.run("umount /tmp/disk && rmdir /tmp/disk", node="n1")
+    subprocess.run(["losetup", "--detach", device], check=True)
+
+
+@pytest.mark.vm_new
+def test_a_disk_is_as_slow_as_asked_for(limited: Cluster, disk: str) -> None:
+    """A limit of bytes for what is read and one of requests for what is written; without one it takes a fraction."""
+    script = f"""
+        cd /disk; dd if=/dev/zero of=file bs=1M count=4 status=none conv=fsync
+        times() {{ start=${{EPOCHREALTIME/[.,]/}}; "$@"; echo $(((${{EPOCHREALTIME/[.,]/}} - start) / 1000)); }}
+        times dd if=file of=/dev/null bs=1M iflag=direct status=none
+        times dd if=/dev/zero of=file bs=4K count=20 oflag=direct conv=notrunc status=none
+        grep "^{disk} " {CGROUP}/io.stat 2> /dev/null
+    """
+    words = ("-w", "n1", "--container-mounts=/tmp/disk:/disk")
+    slow = step(limited, f"io={disk}:rbps=4M:wiops=20", script, *words)
+    reading, writing, _, read_bytes, *_ = slow.stdout.split()
+    assert int(reading) > 800 and int(writing) > 800, slow
+    assert int(read_bytes.removeprefix("rbytes=")) >= 4 << 20
+    fast = step(limited, "", script, *words)
+    assert sum(int(took) for took in fast.stdout.split()[:2]) < 600, fast
+
+
+@pytest.fixture
+def huge(limited: Cluster) -> Iterator[str]:
+    """A program that takes huge pages (hugepages.c), which the node has for a while."""
+    pool = Path("/proc/sys/vm/nr_hugepages")
+    subprocess.run(["cc", "-static", "-O1", "-o", str(limited.layout.shared / "huge"), str(HUGE)], check=True)
+    pool.write_text("8")
+    assert int(pool.read_text()) == 8
+    yield "/shared/huge"
+    pool.write_text("0")
+
+
+@pytest.mark.vm_new
+def test_huge_pages(limited: Cluster, huge: str) -> None:
+    """As many as the limit says; more are refused to who reserves them, and end who does not; and that is told."""
+    script = f"{huge} 2; {huge} 3; exec {huge} 3 noreserve"
+    done = step(limited, "hugetlb=2M:4M", script, "--container-mounts=/shared")
+    assert done.stdout.splitlines() == ["2 pages", "Cannot allocate memory"], done.stderr
+    assert done.returncode != 0 and "Bus error" in done.stderr
+    (line,) = [line for line in shown(done.stderr) if "reached" in line]
+    words = "the step reached this limit (huge pages were refused 2 times)"
+    assert line.startswith(f"--container-limit=hugetlb=2M:4M: {words}")
+
+
 @pytest.mark.vm
 def test_quota_and_affinity_are_different(limited: Cluster) -> None:
     """A quota leaves both processors to a step, and slows it down; a set leaves it one, and full speed."""
-    spin = "for i in 1 2; do timeout 2 sh -c 'while :; do :; done' & done; wait"
-    script = f"nproc; {spin}; grep nr_throttled {CGROUP}/cpu.stat"
-    quota = step(limited, "cpu=0.5", script, "-c2", "--cpu-bind=none").stdout.split()
-    assert quota[0] == "2" and int(quota[2]) > 0
-    pinned = step(limited, "cpuset=0", script, "-c2", "--cpu-bind=none").stdout.split()
-    assert pinned[0] == "1" and pinned[2] == "0"
+    script = f"""
+        nproc; used() {{ grep usage_usec {CGROUP}/cpu.stat | cut -d" " -f2; }}
+        start=${{EPOCHREALTIME/[.,]/}}; before=$(used)
+        for i in 1 2; do timeout 2 sh -c 'while :; do :; done' & done; wait
+        echo $((100 * ($(used) - before) / (${{EPOCHREALTIME/[.,]/}} - start)))
+        grep nr_throttled {CGROUP}/cpu.stat
+    """
+    processors, percent, _, throttled = step(limited, "cpu=0.5", script, "-c2", "--cpu-bind=none").stdout.split()
+    assert processors == "2" and int(throttled) > 0 and 25 < int(percent) < 70, percent
+    processors, percent, _, throttled = step(limited, "cpuset=0", script, "-c2", "--cpu-bind=none").stdout.split()
+    assert (processors, throttled) == ("1", "0") and 70 < int(percent) < 110, percent
 
 
 @pytest.mark.vm
 @pytest.mark.vm_slurm
 def test_who_is_killed_is_told_why(limited: Cluster, limited_leftovers: Leftovers) -> None:
     """The whole step ends, tasks that allocate nothing, too; and nothing remains."""
-    script = f'[ $SLURM_LOCALID = 0 ] && {EAT.format(bytes=80 << 20)}; sleep 100'
+    script = f'[ $SLURM_LOCALID = 0 ] && {EAT.format(bytes=80 << 20)}; sleep 60; echo survived'
     done = step(limited, "memory=40M,swap=0", script, "-N1", "-n2", "--mem=100")
-    assert done.returncode != 0
+    assert done.returncode != 0 and "survived" not in done.stdout
     (line,) = [line for line in shown(done.stderr) if "reached" in line]
     assert line.startswith("--container-limit=memory=40M: the step reached this limit (")
     assert line.endswith(("killed) on n1", "killed) on n2"))
@@ -164,7 +230,12 @@ def bare(make_cluster: Callable[..., Cluster]) -> Cluster:
 
 @pytest.mark.vm_new
 def test_without_slurms_cgroups_limits_hold_as_well(bare: Cluster) -> None:
-    """In a cgroup of our own, which every task is in, and which is gone afterwards."""
+    """In a cgroup of our own, which every task is in, and which is gone afterwards.
+
+    No step needs the controllers in Slurm's slice here: the agent has enabled them at its start.
+    """
+    enabled = bare.run(f"cat {CGROUP}/system.slice/cgroup.subtree_control", node="n1").stdout.split()
+    assert {"pids", "io", "hugetlb", "rdma"} <= set(enabled)
     done = step(bare, "cpu=0.5", f"cd {CGROUP}; cat pids.max cpu.max memory.max; cat /proc/self/cgroup", "-n2", "-l")
     for task in ("0:", "1:"):
         rows = [row.removeprefix(task).strip() for row in done.stdout.splitlines() if row.startswith(task)]
