@@ -223,7 +223,7 @@ class NodeStep(Step):
             kind = "none" if self.request.is_run and decision.network == "job" else decision.network
             asker = Asker(self.record_name, self.request.uid, kind, lambda: self._place(network))
             devices = await self._around.devices.select(self.request, asker)
-            cgroup_path, leader = self.record["cgroup"], self._het_leader()
+            cgroup_path, leader = self._shown_cgroup(), self._het_leader()
             own_mounts = self._outside.fd >= 0
             node = plan.NodeFacts(self._around.stage, cgroup_path, slurm, devices, leader, pid_namespace_of, own_mounts)
             image = await self._image.get()
@@ -329,6 +329,13 @@ class NodeStep(Step):
     def _slurms_cgroup(self) -> str:
         """Where Slurm keeps the step's tasks; a run stays where its command is."""
         return "" if self.request.is_run else cgroup.step_cgroup(self.request.stepd)
+
+    def _shown_cgroup(self) -> str:
+        """What is at /sys/fs/cgroup. A run without limits is in its command's, and the root of all is not shown."""
+        if self.record["cgroup"] or not self.request.is_run:
+            return str(self.record["cgroup"])
+        directory = cgroup.place_of(self.request.stepd)
+        return "" if directory.rstrip("/") == cgroup.MOUNT_POINT else directory
 
     def _prepare_limits(self, decision: policy.Decision) -> StepLimits:
         """Find the step's cgroup; where Slurm has none and there are limits to set, make one, recorded before."""

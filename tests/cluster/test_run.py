@@ -17,6 +17,7 @@ from pathlib import Path
 import pytest
 from boxes import BOX, fill_shared, make_box
 from conftest import Leftovers, Result, require_cgroup2
+from enclos.runtime.cluster import cgroups
 from enclos.runtime.cluster.cluster import Cluster, Running
 from faults import processes, zygote
 from test_exec import await_none, read_until
@@ -283,6 +284,25 @@ def test_it_is_in_the_cgroups_of_the_command(laptop: Cluster) -> None:
         for directory in made:
             until(lambda: not (directory / "cgroup.procs").read_text())  # noqa: B023
             directory.rmdir()
+
+
+@pytest.mark.vm_new
+def test_it_sees_the_cgroup_of_the_command(laptop: Cluster) -> None:
+    """As a step sees its own: Java and others look there for what they may have. It cannot be changed there."""
+    require_cgroup2()
+    login = cgroups.place(laptop.name, "n1") / "login"
+    login.mkdir()
+    try:
+        (login / "cgroup.max.depth").write_text("7")
+        look = "cd /sys/fs/cgroup; cat cgroup.max.depth; ls -d ../cgroup; touch own || echo 8 > cgroup.max.depth"
+        inner, environment = laptop.command([*RUN, BOX, "sh", "-c", look], "usera", "n1")
+        words = ["sh", "-c", f'echo $$ > {login}/cgroup.procs; exec "$@"', "sh", *inner]
+        done = subprocess.run(words, env=environment, capture_output=True, text=True, check=False, timeout=200)
+        assert (done.stdout.split(), done.returncode) == (["7", "../cgroup"], 1), done.stderr
+        assert done.stderr.count("Read-only file system") == 2
+    finally:
+        until(lambda: not (login / "cgroup.procs").read_text())
+        login.rmdir()
 
 
 @pytest.mark.vm_new
