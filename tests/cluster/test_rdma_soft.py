@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import subprocess
 import time
 from collections.abc import Callable, Iterator
@@ -14,6 +15,7 @@ from pathlib import Path
 import crossings
 import mpistacks
 import pytest
+from boxes import USERA
 from conftest import Result, plain
 from crossings import (
     ADDRESSES,
@@ -204,6 +206,57 @@ def test_check_says_what_soft_needs(cluster: Cluster) -> None:
     shown = cluster.run(["enclos", "check", "--json"], node="n1", timeout=120).stdout
     rows = [row for row in json.loads(shown)["findings"] if row["subject"] == "RDMA"]
     assert [row["status"] for row in rows] == ["ok"], rows
+
+
+# ---------------------------------------------------------------- udev
+
+
+UDEVD = "/lib/systemd/systemd-udevd"
+RULE = Path(__file__).resolve().parents[2] / "conf/60-enclos.rules"
+# What a site may have: nodes for a group, and names that stay, but not for jobs' devices (admin guide).
+SITE_RULES = {
+    "70-site.rules": 'KERNEL=="uverbs*", GROUP="rdma", MODE="0660"',
+    "60-rdma-persistent-naming.rules": (
+        'ACTION=="add", SUBSYSTEM=="infiniband", KERNEL!="enclos*", PROGRAM="rdma_rename %k NAME_GUID"'
+    ),
+}
+
+
+@pytest.fixture
+def udev() -> Iterator[None]:
+    """A real udevd, with our rule where the admin guide puts it, and a device that is none of ours."""
+    if "rdma" not in os.environ.get("ENCLOS_REQUIRE", ""):
+        pytest.skip("starts a udevd: in a guest only")
+    folder = Path("/etc/udev/rules.d")
+    folder.mkdir(parents=True, exist_ok=True)
+    shutil.copy(RULE, folder)
+    for name, text in SITE_RULES.items():
+        (folder / name).write_text(f"{text}\n")
+    with subprocess.Popen([UDEVD]) as udevd:
+        command("udevadm", "control", "--ping")
+        command("ip", "link", "add", "vsite", "type", "veth", "peer", "name", "wsite")
+        command("ip", "link", "set", "vsite", "up")
+        command("rdma", "link", "add", "site0", "type", "rxe", "netdev", "vsite")
+        yield
+        command("ip", "link", "delete", "vsite")
+        udevd.terminate()
+    shutil.rmtree(folder)
+
+
+@pytest.mark.vm_new
+def test_udev_leaves_a_jobs_device_to_its_user(cluster: Cluster, udev: None) -> None:
+    """Name, owner and mode; a site's later rule is about others, and works for those."""
+    with Shells(cluster, "usera", ["n1"], *OPTIONS) as shells:
+        node = shells.ok("n1", "basename /dev/infiniband/uverbs*").strip()
+        command("udevadm", "settle")
+        owner, mode = command("stat", "-c", "%u %a", f"/dev/infiniband/{node}").split()
+        assert (owner, mode) == (str(USERA), "600")
+        ibdevs = Path("/sys/class/infiniband_verbs").glob("uverbs*/ibdev")
+        names = {path.parent.name: path.read_text().strip() for path in ibdevs}
+        assert names.pop(node) == f"enclos{shells.job}n0"
+        ((other, name),) = names.items()
+        assert name.startswith("rocex")
+        assert command("stat", "-c", "%G %a", f"/dev/infiniband/{other}").split() == ["rdma", "660"]
 
 
 # ---------------------------------------------------------------- rdma.mode shared

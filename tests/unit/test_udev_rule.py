@@ -1,6 +1,6 @@
 """conf/60-enclos.rules: which device nodes it is about, and that no later rule has the last word.
 
-No test has a udev: what it does with the rule was tried in a guest (docs/design.md).
+What a real udev does with the rule is seen in a guest (cluster/test_rdma_soft.py).
 """
 
 from __future__ import annotations
