@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import errno
 import os
+import time
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
@@ -28,6 +29,12 @@ RT_SCOPE_LINK = link.RT_SCOPE_LINK
 OWN_MODULES = frozenset({"ib_core", "ib_mad", "ib_ipoib", "ib_cm", "rdma_cm"})
 """Have queue pairs on every device, used or not: the core, its management, and IPoIB, whose interface tells its use."""
 SYSFS = "/sys/class/infiniband"
+LINK_LOCAL = bytes.fromhex("fe80000000000000")
+MAPPED = bytes(10) + b"\xff\xff"
+"""An IPv4 address is written so in a table of addresses."""
+# The table follows the interfaces' addresses by a work queue, and nothing says when it has: what a device that has just
+# come back had in its namespace may still be there.
+STALE_SECONDS = 1.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,7 +89,7 @@ def inspect(name: str, underlay_ifindex: int = 0) -> Movable:
         if device is None:
             raise DeviceMissing(name)
         cards = _cards(nl, route, device)
-        reason = _user(nl, device) or _carries(route, cards, underlay_ifindex)
+        reason = _user(nl, device) or _carries(route, cards, underlay_ifindex) or _foreign(route, cards, device)
     if reason:
         raise DeviceInUse(name, reason)
     rows = tuple(Interface(card.name, card.mac.hex(":"), bool(card.flags & link.IFF_UP)) for card in cards)
@@ -143,6 +150,57 @@ def _carries(route: Netlink, cards: Sequence[Card], underlay_ifindex: int) -> st
         if card.ifindex in above:
             return f"interface {above[card.ifindex]} stands on its interface {card.name}"
     return ""
+
+
+def _foreign(route: Netlink, cards: Sequence[Card], device: nldev.RdmaDevice) -> str:
+    """An address in the device's table that is not of its interfaces here: a VLAN's or macvlan's of another namespace.
+
+    Nothing else shows such an interface. Whoever has the device may use all of its indexes: the kernel does not look
+    where the interface of one is (verbs.c, rdma_fill_sgid_attr; tried on 7.2).
+    """
+    names = {card.ifindex: card.name for card in cards}
+    own = {(entry.address, names[entry.ifindex]) for entry in link.get_addresses(route) if entry.ifindex in names}
+    deadline = time.monotonic() + STALE_SECONDS
+    while ifname := _stranger(device.name, own, set(names.values())):
+        if time.monotonic() > deadline:
+            return f"interface {ifname} of another network namespace has an address on it"
+        time.sleep(STALE_SECONDS / 10)
+    return ""
+
+
+def _stranger(name: str, own: set[tuple[bytes, str]], ifnames: set[str]) -> str:
+    """The first interface in a device's table that has an address there and not here, "" for none.
+
+    A RoCE device has a link-local address that it makes itself, whether or not its interface has one.
+    """
+    for address, ifname in table(name):
+        if (address, ifname) not in own and not (address.startswith(LINK_LOCAL) and ifname in ifnames):
+            return ifname
+    return ""
+
+
+def table(name: str, sysfs: str = SYSFS) -> list[tuple[bytes, str]]:
+    """The addresses that a device has of network interfaces, wherever those are, packed as an interface has them.
+
+    The kernel has a file for each place in the table, and most are empty: some milliseconds.
+    """
+    found: list[tuple[bytes, str]] = []
+    for port in Path(sysfs, name, "ports").glob("[0-9]*"):
+        interfaces = port / "gid_attrs/ndevs"
+        for place in os.listdir(interfaces) if interfaces.is_dir() else ():
+            with suppress(OSError):  # EINVAL: an empty place.
+                ifname = _line(f"{interfaces}/{place}")
+                address = bytes.fromhex(_line(f"{port}/gids/{place}").replace(":", ""))
+                found.append((address.removeprefix(MAPPED), ifname))
+    return found
+
+
+def _line(path: str) -> str:
+    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        return os.read(fd, 256).decode().strip()
+    finally:
+        os.close(fd)
 
 
 def move(movable: Movable, netns_fd: int, addresses: Sequence[Address] = ()) -> None:

@@ -5,12 +5,15 @@ Soft-RoCE with the changes of tests/vm/rxe.py stands for hardware; what is asser
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import json
 import os
+import struct
 import subprocess
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -19,7 +22,7 @@ from enclos.netns.facts import DeviceInUse, DeviceMissing, KernelRefused
 from enclos.netns.link import pack_address
 from enclos.netns.netlink import Netlink
 from enclos.netns.rdmamove import Address, Movable
-from vm import cards
+from vm import cards, verbs
 from vm.cards import command
 
 pytestmark = pytest.mark.vm_exclusive
@@ -99,13 +102,25 @@ def test_nobody_outside_can_open_it(other: int) -> None:
     rdmamove.bring_back(movable, other)
 
 
+def use(fd: int) -> None:
+    """What a program does first with a device that it has opened (IB_USER_VERBS_CMD_GET_CONTEXT); raises OSError."""
+    answer = ctypes.create_string_buffer(8)
+    os.write(fd, struct.pack("=IHHQ", 0, 4, 2, ctypes.addressof(answer)))
+
+
 def test_a_program_that_has_it_open_does_not_hold_it(other: int) -> None:
+    """Nor has it a way to the device by which it could reach the next job that gets it."""
     movable = rdmamove.inspect("rx0")
     rdmamove.move(movable, other)
     with namespace.inside(other):
-        fd = os.open(rdma.find_one("rx0", other).node, os.O_RDWR)
+        node = rdma.find_one("rx0", other).node
+        used, kept = (os.open(node, os.O_RDWR) for _ in range(2))
+    use(used)
     assert rdmamove.bring_back(movable, other) and devices() == ["rx0"]
-    os.close(fd)
+    with pytest.raises(OSError, match="Input/output error"):
+        use(kept)
+    for fd in (used, kept):
+        os.close(fd)
 
 
 def test_what_a_dead_namespace_leaves_is_known_by_its_guid() -> None:
@@ -175,6 +190,34 @@ def test_what_the_node_uses_is_not_spared(make: str, undo: str, reason: str) -> 
     assert rdmamove.inspect("rx0").name == "rx0"
 
 
+def await_index(address: str) -> None:
+    """Until a device's table has an address: that comes by a work queue."""
+    deadline = time.monotonic() + 10
+    while (pack_address(address), "vf0") not in rdmamove.table("rx0"):
+        assert time.monotonic() < deadline, rdmamove.table("rx0")
+        time.sleep(0.05)
+
+
+def test_an_address_of_another_namespace_is_not_lent(other: int) -> None:
+    """A macvlan of a pod, say: on the node nothing shows it, but whoever has the device may use its address.
+
+    Both of them are called as the device's own interface is. After it has gone the device is as free as before.
+    """
+    command("ip", "link", "add", "v9", "link", "vf0", "type", "macvlan")
+    words = ["ip", "link", "set", "v9", "netns", f"/proc/self/fd/{other}", "name", "vf0"]
+    subprocess.run(words, pass_fds=[other], check=True)
+    with namespace.inside(other):
+        command("ip", "link", "set", "vf0", "up")
+        command("ip", "address", "add", "10.99.0.9/24", "dev", "vf0")
+    await_index("10.99.0.9")
+    with pytest.raises(DeviceInUse) as caught:
+        rdmamove.inspect("rx0")
+    assert caught.value.reason == "interface vf0 of another network namespace has an address on it"
+    with namespace.inside(other):
+        command("ip", "link", "delete", "vf0")
+    assert rdmamove.inspect("rx0").name == "rx0"
+
+
 def test_the_underlay_is_not_spared() -> None:
     with open("/sys/class/net/vf0/ifindex") as file:
         index = int(file.read())
@@ -221,3 +264,69 @@ def test_soft_roce_is_not_made_in_exclusive_mode(other: int) -> None:
         rdmamove.make_soft("enclosrxe9", "v0", other)
     assert caught.value.errno == errno.EEXIST
     command("rdma", "link", "delete", "enclosrxe9")
+
+
+@pytest.fixture(scope="module")
+def programs() -> Path:
+    """Where `netadmin` and `indexes` are."""
+    return verbs.programs()
+
+
+def answers(text: str) -> dict[str, str]:
+    """What netadmin.c and indexes.c print, by the first word of each line."""
+    return dict(line.split(" ", 1) for line in text.splitlines())
+
+
+def await_indexes(programs: Path, netns_fd: int, usable: str) -> dict[str, str]:
+    """The kernel's answers to a queue pair with each address index of rx0, when these are the ones that it takes."""
+    words = ["nsenter", f"--net=/proc/self/fd/{netns_fd}", str(programs / "indexes"), "rx0"]
+    deadline = time.monotonic() + 60
+    while True:
+        done = subprocess.run(words, pass_fds=[netns_fd], capture_output=True, text=True, check=True)
+        if (found := answers(done.stdout)).get("ok") == usable:
+            return found
+        assert time.monotonic() < deadline, found
+        time.sleep(0.1)
+
+
+def test_a_device_has_only_its_own_addresses_where_it_has_moved(other: int, programs: Path) -> None:
+    """All other indexes of its table are refused. It is not the namespace that the kernel minds: that is shown, too."""
+    movable = rdmamove.inspect("rx0")
+    rdmamove.move(movable, other, addresses())
+    # Link-local, IPv6, IPv4.
+    assert await_indexes(programs, other, "0 1 2")["ENODATA"].startswith("3 4 5 ")
+    with namespace.inside(other):
+        command("ip", "link", "add", "v9", "link", "vf0", "type", "macvlan")
+        command("ip", "link", "set", "v9", "netns", str(os.getppid()))
+    command("ip", "link", "set", "v9", "up")
+    command("ip", "address", "add", "10.99.0.9/24", "dev", "v9")
+    await_indexes(programs, other, "0 1 2 3 4")
+    command("ip", "link", "delete", "v9")
+    assert rdmamove.bring_back(movable, other)
+
+
+def netadmin(programs: Path, *words: str, before: tuple[str, ...] = ()) -> dict[str, str]:
+    done = subprocess.run([*before, str(programs / "netadmin"), *words], capture_output=True, text=True, check=True)
+    return answers(done.stdout)
+
+
+def test_what_root_can_do_a_user_can_not(other: int, programs: Path) -> None:
+    """The attempts of crossings.py are real ones: for root they work, or the driver has nothing of the kind."""
+    index = command(str(programs / "netadmin"), "index", "rx0").strip()
+    with open("/sys/class/net/vf0/ifindex") as file:
+        port = file.read().strip()
+    command("ip", "address", "add", "fe80::9/64", "dev", "vf0", "nodad")
+    server = ["stdbuf", "-oL", "ibv_rc_pingpong", "-d", "rx0", "-g", "0"]
+    with subprocess.Popen(server, stdout=subprocess.PIPE, text=True) as running:
+        assert running.stdout is not None and "local address" in running.stdout.readline()
+        assert netadmin(programs, "read", index) == {"pairs": "ok", "keys": "ok"}
+        user = ("setpriv", "--reuid=65534", "--regid=65534", "--clear-groups")
+        assert netadmin(programs, "read", index, before=user) == {"pairs": "ok", "keys": "ENODATA"}
+        assert netadmin(programs, "read", "user", index, before=user) == {"pairs": "ok", "keys": "ENODATA"}
+        running.kill()
+    # The driver has neither parts nor raw state to show. Another network namespace exists: `other`.
+    assert netadmin(programs, "change", index, port, "1") == dict.fromkeys(
+        ("rename", "count", "add", "qkeys", "move", "interface", "remove", "enter"), "ok"
+    ) | {"divide": "EOPNOTSUPP", "raw": "EINVAL", "mode": "EBUSY"}
+    command("rdma", "link", "delete", "evil")
+    cards.plug(0)

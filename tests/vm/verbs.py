@@ -22,23 +22,48 @@ LOADED = ("libibverbs/librxe-rdmav34.so", "libgcc_s.so.1")
 LIBRARIES = Path("/usr/lib/x86_64-linux-gnu")
 
 
+# Ours, with how they are linked: where there is no container the system's libraries may be another release's.
+SOURCES = {"netadmin": ("-static",), "indexes": ("-libverbs",)}
+
+
 def install(images: Path) -> None:
-    """Put the image into a cluster's folder of images."""
+    """Put the image into a cluster's folder of images, and the program that runs outside of it, too."""
     shutil.copy(make(), images / Path(IMAGE).name)
+    shutil.copy(programs() / "netadmin", images)
+
+
+def programs() -> Path:
+    """The folder with the programs of our own: netadmin.c and indexes.c beside this file, compiled once."""
+    sources = [Path(__file__).with_name(f"{name}.c") for name in SOURCES]
+    digest = hashlib.sha256(repr([path.read_text() for path in sources]).encode()).hexdigest()[:12]
+    folder = image.cache() / f"verbs-programs-{digest}"
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with locked(image.cache()):
+        if not folder.exists():
+            fresh = folder.with_suffix(".new")
+            shutil.rmtree(fresh, ignore_errors=True)
+            fresh.mkdir()
+            for source, (name, options) in zip(sources, SOURCES.items(), strict=True):
+                command = ["cc", "-O1", "-Wall", "-Wextra", "-Werror", "-o", str(fresh / name), str(source), *options]
+                subprocess.run(command, check=True)
+            fresh.rename(folder)
+    return folder
 
 
 def make() -> Path:
     """The trial image with verbs, as a squashfs file: programs, and the driver's user part."""
     base = image.make("openmpi")
-    programs = [Path(found) for name in PROGRAMS if (found := shutil.which(name))]
-    assert len(programs) == len(PROGRAMS), "`make deps` installs what is missing"
-    wanted = [*programs, *(LIBRARIES / name for name in LOADED)]
+    own = programs()
+    found = [Path(path) for name in PROGRAMS if (path := shutil.which(name))]
+    assert len(found) == len(PROGRAMS), "`make deps` installs what is missing"
+    wanted = [*found, *(LIBRARIES / name for name in LOADED)]
     files = sorted({path.resolve() for path in [*wanted, *_libraries(wanted)]})
-    origin = (base.squashfs.name, Path(__file__).read_text(), [(str(path), path.stat().st_mtime) for path in files])
+    stamps = [(str(path), path.stat().st_mtime) for path in files]
+    origin = (base.squashfs.name, own.name, Path(__file__).read_text(), stamps)
     target = image.cache() / f"verbs-{hashlib.sha256(repr(origin).encode()).hexdigest()[:12]}.sqsh"
     with locked(image.cache()):
         if not target.exists():
-            _fill(base.directory, wanted, target)
+            _fill(base.directory, wanted, own, target)
     return target
 
 
@@ -46,11 +71,13 @@ def _libraries(files: list[Path]) -> list[Path]:
     return [library for path in files for library in image.libraries(path)]
 
 
-def _fill(base: Path, wanted: list[Path], squashed: Path) -> None:
+def _fill(base: Path, wanted: list[Path], own: Path, squashed: Path) -> None:
     with tempfile.TemporaryDirectory(dir=squashed.parent) as scratch:
         root = Path(scratch) / "root"
         subprocess.run(["cp", "-a", str(base), str(root)], check=True)
         add_driver(root, [*wanted, *_libraries(wanted)])
+        for name in SOURCES:
+            shutil.copy(own / name, root / "usr/bin")
         fresh = Path(scratch) / squashed.name
         options = ["-all-root", "-noappend", "-quiet", "-no-progress"]
         subprocess.run(["mksquashfs", str(root), str(fresh), *options], check=True, stdout=subprocess.DEVNULL)
