@@ -17,17 +17,8 @@ import mpistacks
 import pytest
 from boxes import USERA
 from conftest import Result, plain
-from crossings import (
-    ADDRESSES,
-    COUNTERS,
-    INDEX,
-    NAME,
-    OUTSIDE,
-    OWN_CONNECTION,
-    OWN_PACKETS,
-    PACKETS,
-    Tenant,
-)
+from crossings import Tenant
+from crossingtable import expected
 from enclos.runtime.cluster.cluster import Cluster
 from fabric import on
 from shells import Shells
@@ -189,12 +180,12 @@ def test_what_is_set_for_ucx(cluster: Cluster) -> None:
 def test_what_crosses_between_soft_devices(cluster: Cluster, meeting: None) -> None:
     """The list of attempts of crossings.py: what the kernel's shared mode shows is seen, and nothing crosses."""
     words = (*OPTIONS, crossings.MOUNT)
-    with Shells(cluster, "usera", cluster.nodes, *words) as one, Shells(cluster, "userb", cluster.nodes, *words) as two:
+    root = (*words, "--container-remap-root")
+    with Shells(cluster, "usera", cluster.nodes, *root) as one, Shells(cluster, "userb", cluster.nodes, *words) as two:
         attacker = Tenant("usera", dict.fromkeys(cluster.nodes, one))
         victim = Tenant("userb", dict.fromkeys(cluster.nodes, two))
         assert victim.device == {node: f"enclos{two.job}n{place}" for place, node in enumerate(cluster.nodes)}
-        found = crossings.succeeded(cluster, attacker, victim)
-        assert found == {NAME, ADDRESSES, COUNTERS, OWN_CONNECTION, OWN_PACKETS}
+        assert crossings.succeeded(cluster, attacker, victim) == expected("soft")
         # Outside of containers a node is its user's, because whoever opens it uses its address indexes from anywhere.
         for user, opens in (("usera", False), ("userb", True), ("root", True)):
             tried = cluster.run(f"exec 3<> /dev/infiniband/{victim.node['n1']}", user, node="n1")
@@ -299,9 +290,9 @@ def test_what_crosses_in_shared_mode(cluster: Cluster, meeting: None, shared_dev
         tenants: dict[str, dict[str, Shells]] = {}
         for name, node, number in SHARED:
             user = "usera" if number < 3 else "userb"
-            made = Shells(cluster, user, [node], *OPTIONS, crossings.MOUNT, f"--container-rdma={name}")
+            words = (*OPTIONS, crossings.MOUNT, f"--container-rdma={name}")
+            made = Shells(cluster, user, [node], *words, *(["--container-remap-root"] if user == "usera" else []))
             tenants.setdefault(user, {})[node] = ends.enter_context(made)
         attacker, victim = (Tenant(user, shells) for user, shells in tenants.items())
         assert victim.device == {"n1": "sh1", "n2": "sh3"}
-        found = crossings.succeeded(cluster, attacker, victim)
-        assert found == {NAME, ADDRESSES, COUNTERS, OUTSIDE, INDEX, PACKETS, OWN_PACKETS}
+        assert crossings.succeeded(cluster, attacker, victim) == expected("shared")
