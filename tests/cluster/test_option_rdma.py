@@ -120,8 +120,8 @@ def test_refusals(fabric: Cluster, value: str, text: str) -> None:
     ],
 )
 def test_a_private_network_promises_what_shared_mode_cannot_give(fabric: Cluster, network: str, text: str) -> None:
-    done = srun(fabric, "--container-rdma=auto", f"--container-network={network}", "true")
-    assert refused(done) == f"enclos: --container-rdma=auto: {text} on n1"
+    done = srun(fabric, "--container-rdma=auto", f"--container-network={network}", "echo", "ran")
+    assert (refused(done), done.stdout) == (f"enclos: --container-rdma=auto: {text} on n1", "")
 
 
 @pytest.mark.vm_new

@@ -241,3 +241,21 @@ def test_rdma_limits_hold_in_a_job_network(cluster: Cluster) -> None:
 def test_check_says_the_mode_and_the_devices(cluster: Cluster) -> None:
     lines = cluster.run(["enclos", "check"], node="n1", timeout=120).stdout.splitlines()
     assert "ok      RDMA: mode exclusive; for containers: rx0 (active), rx1 (active)" in lines
+
+
+def test_a_mode_that_needs_shared_devices_is_refused(cluster: Cluster) -> None:
+    """Soft-RoCE would be made in the node's namespace here: an error of srun, not a container without isolation."""
+    path = cluster.layout.node_etc("n1") / "enclos.yaml"
+    before = path.read_text()
+    path.write_text(before.replace("rdma:\n", "rdma:\n  mode: soft\n"))
+    cluster.restart_agent("n1")
+    try:
+        done = srun(cluster, "--container-rdma=1", "echo", "ran")
+        lines = cluster.run(["enclos", "check"], node="n1", timeout=120).stdout.splitlines()
+    finally:
+        path.write_text(before)
+        cluster.restart_agent("n1")
+    words = "rdma.mode soft needs namespace mode shared, found exclusive"
+    assert (refused(done), done.stdout) == (f"enclos: --container-rdma=1: {words} on n1", "")
+    place = next(index for index, line in enumerate(lines) if line.startswith(f"mend    RDMA: {words}"))
+    assert "set rdma.mode to exclusive, or boot with ib_core netns_mode=1" in " ".join(lines[place : place + 3])
