@@ -19,7 +19,7 @@ from pathlib import Path
 
 import pytest
 from boxes import BOX, BOX_DIRECTORY, COMMON, PROJECTA, USERA, bare, make_box, shell, srun
-from conftest import said
+from conftest import PATIENCE, said
 from enclos.runtime import answer
 from enclos.runtime.cluster.cluster import Cluster, Running
 
@@ -550,7 +550,7 @@ def ended_in_time(running: Running, seconds: float = 20) -> Iterator[None]:
 
 
 def await_process(cluster: Cluster, node: str, name: str) -> None:
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + 20 * PATIENCE
     while name not in names_of(cluster.processes(node)):
         assert time.monotonic() < deadline, f"no {name} on {node}"
         time.sleep(0.02)

@@ -21,7 +21,7 @@ from pathlib import Path
 
 import pytest
 from _pytest.mark import ParameterSet
-from conftest import Leftovers, Result, plain, said
+from conftest import PATIENCE, Leftovers, Result, plain, said
 from enclos.runtime.cluster.cluster import Cluster
 from enclos.runtime.cluster.daemons import accepts
 from enclos.runtime.cluster.image import install
@@ -545,7 +545,7 @@ def rows_with_another_agent(leftovers: Leftovers) -> list[str]:
     cluster = leftovers.cluster
     srun(cluster, "-N2", f"--container-image={IMAGE}", "true")  # the new agent mounts the image again
     cluster.await_idle()
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + 10 * PATIENCE
     while True:
         changes: Counter[str] = Counter()
         for row in leftovers.rows(0):

@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable
 
 import pytest
+from conftest import PATIENCE
 from enclos.runtime.cluster.cluster import Cluster
 
 IMAGE = "--container-image=/images/openmpi.sqsh"
@@ -77,7 +78,7 @@ def test_a_job_that_runs_again_begins_with_nothing(fragile: Cluster, how: str) -
 
 
 def _await(happens: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 60 * PATIENCE
     while not happens():
         assert time.monotonic() < deadline
         time.sleep(0.2)

@@ -15,7 +15,7 @@ from contextlib import suppress
 from pathlib import Path
 
 import pytest
-from conftest import Leftovers, said
+from conftest import PATIENCE, Leftovers, said
 from enclos.runtime import stepd
 from enclos.runtime.cluster.cluster import Cluster, Running
 from enclos.runtime.cluster.processes import Process
@@ -392,7 +392,7 @@ def test_a_killed_relay_ends_with_the_step(fragile: Cluster, clean: Leftovers) -
     """MPI may fail without it, and may not hang beyond its end."""
     ring = ["srun", "-N2", "-n2", "--mpi=pmix", IMAGE, "--container-network=job", "/usr/bin/ring", "--seconds", "3"]
     running = start(fragile, [*ring])
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + 10 * PATIENCE
     while not (relays := processes(fragile, "n1", "enclos-relay")):
         assert time.monotonic() < deadline
         time.sleep(0.01)

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from conftest import Leftovers, said
+from conftest import PATIENCE, Leftovers, said
 from enclos.runtime.cluster import image as images
 from enclos.runtime.cluster.cluster import Cluster, Running
 from faults import Point, kill, killing, processes, spare, stopping, zygote
@@ -108,7 +108,7 @@ def test_a_job_that_ended_without_an_agent_leaves_nothing(fragile: Cluster, clea
         running.communicate(timeout=30)
     fragile.await_idle()
     fragile.start_agent("n1")
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + 10 * PATIENCE
     while kept(fragile) and time.monotonic() < deadline:
         time.sleep(0.05)
     assert kept(fragile) == []

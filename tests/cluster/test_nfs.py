@@ -13,7 +13,7 @@ from pathlib import Path
 
 import nfs
 import pytest
-from conftest import said
+from conftest import PATIENCE, said
 from enclos.runtime.cluster.cluster import Cluster, Running
 from test_image_stores import make_image
 
@@ -73,7 +73,7 @@ def test_the_sites_store(cluster: Cluster) -> None:
 
 
 def until(condition: Callable[[], bool], what: str) -> None:
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 60 * PATIENCE
     while not condition():
         assert time.monotonic() < deadline, what
         time.sleep(0.02)

@@ -18,7 +18,7 @@ from typing import Any
 
 import pytest
 from boxes import PROJECTA
-from conftest import Result, said
+from conftest import PATIENCE, Result, said
 from enclos.runtime.cluster.cluster import Cluster
 
 FOLDER = f"/dev/enclos-test-{os.getpid()}"
@@ -290,7 +290,7 @@ def test_numbers_in_variables_are_those_of_the_container(gpus: Cluster) -> None:
     script = "echo $CUDA_VISIBLE_DEVICES $ROCR_VISIBLE_DEVICES $GPU_DEVICE_ORDINAL $SLURM_STEP_GPUS"
     holder = gpus.popen(["srun", "--gres=gpu:2", "sleep", "60"], "userb")
     try:
-        deadline = time.monotonic() + 20
+        deadline = time.monotonic() + 20 * PATIENCE
         while "R" not in gpus.run(["squeue", "-h", "-u", "userb", "-o", "%t"]).stdout:
             assert time.monotonic() < deadline
             time.sleep(0.05)

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from conftest import Result, said
+from conftest import PATIENCE, Result, said
 from enclos.runtime.cluster.cluster import Cluster, Running
 from enclos.runtime.cluster.nodes import enter_command
 from faults import processes
@@ -45,7 +45,7 @@ def registry(make_cluster: Callable[..., Cluster]) -> Iterator[Cluster]:
     server = subprocess.Popen(serve, stderr=subprocess.PIPE, text=True)
     make_layout(shared / "layout")
     command = ["skopeo", "copy", "-q", "--dest-tls-verify=false", "oci:/shared/layout:1", IMAGE]
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + 20 * PATIENCE
     while (pushed := cluster.run(command, node="n2")).returncode != 0 and time.monotonic() < deadline:
         time.sleep(0.1)
     assert pushed.returncode == 0, pushed.stderr
@@ -131,7 +131,7 @@ def await_cached(cluster: Cluster, timeout: float = 30) -> None:
 def test_the_image_is_there_before_the_first_step(fresh: Cluster) -> None:
     job = allocate(fresh, f"--container-image={IMAGE}")
     await_cached(fresh)
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + 10 * PATIENCE
     while f"image={IMAGE} is here" not in fresh.agent_log("n1") and time.monotonic() < deadline:
         time.sleep(0.05)
     script = "echo $FROM_IMAGE; pwd"
@@ -219,13 +219,13 @@ def test_one_that_is_stopped_leaves_nothing(fresh: Cluster) -> None:
     assert server.stdout is not None and server.stdout.readline() == "\n"
     work = fresh.path_on("n1", "/var/cache/enclos/work")
     job = allocate(fresh, f"--container-image=docker://{STALLS}/tools:1")
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + 20 * PATIENCE
     while not any(path.stat().st_size for path in work.rglob("*") if path.is_file()):
         assert time.monotonic() < deadline, (list(work.rglob("*")), fresh.agent_log("n1"))
         time.sleep(0.02)
     fresh.run(["scancel", job])
     fresh.await_idle()
-    deadline = time.monotonic() + 5
+    deadline = time.monotonic() + 5 * PATIENCE
     while (left := list(work.iterdir())) and time.monotonic() < deadline:
         time.sleep(0.02)
     assert left == [] and not importers(fresh, wanted=False)
@@ -254,7 +254,7 @@ def finish(cluster: Cluster, job: str) -> str:
     (cluster.layout.shared / "out").unlink(missing_ok=True)
     assert cluster.run(["scontrol", "release", job]).returncode == 0
     cluster.await_idle()
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + 30 * PATIENCE
     while cluster.run(["squeue", "-h", "-j", job]).stdout and time.monotonic() < deadline:
         time.sleep(0.05)
     return (cluster.layout.shared / "out").read_text()
@@ -352,7 +352,7 @@ def test_a_job_that_is_none(fresh: Cluster, job: str) -> None:
 
 def importers(cluster: Cluster, *, wanted: bool) -> bool:
     """Whether an importer's sandbox is on n1, after waiting for it to be as wanted."""
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + 10 * PATIENCE
     while (found := bool(processes(cluster, "n1", "enclos-holder"))) != wanted and time.monotonic() < deadline:
         time.sleep(0.02)
     return found

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 
 import mpistacks
 import pytest
-from conftest import Result, plain, said
+from conftest import PATIENCE, Result, plain, said
 from enclos.runtime import environment
 from enclos.runtime.cluster.cluster import Cluster, Running
 from fabric import on
@@ -209,7 +209,7 @@ def test_after_sigkill_of_everything(cluster: Cluster) -> None:
     for holder in holders:
         holder.terminate()
         holder.wait(timeout=60)
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 60 * PATIENCE
     while "rx0" not in command("rdma", "dev"):
         assert time.monotonic() < deadline, "the kernel did not take it back"
         time.sleep(0.1)

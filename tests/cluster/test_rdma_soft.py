@@ -16,7 +16,7 @@ import crossings
 import mpistacks
 import pytest
 from boxes import USERA
-from conftest import Result, plain
+from conftest import PATIENCE, Result, plain
 from crossings import Tenant
 from crossingtable import expected
 from enclos.runtime.cluster.cluster import Cluster
@@ -85,7 +85,7 @@ def test_each_job_has_a_device_of_its_own(cluster: Cluster) -> None:
     assert (manager, node[:6], state) == ("rdma_cm", "uverbs", ["state:", "PORT_ACTIVE", "(4)"])
     # It is gone with the job's network.
     cluster.await_idle(60)
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + 20 * PATIENCE
     while f"enclos{job}n" in command("rdma", "dev"):
         assert time.monotonic() < deadline
         time.sleep(0.2)

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import pytest
-from conftest import said
+from conftest import PATIENCE, said
 from enclos.runtime.cluster import daemons, image, registry
 from enclos.runtime.cluster.cluster import Cluster
 from enclos.runtime.cluster.layout import SUBMIT
@@ -82,7 +82,7 @@ def push(
     login = ["--dest-creds", "alice:secret-word"] if port == PRIVATE_PORT else []
     command = ["nsenter", f"--net=/proc/{site.record.machines[SUBMIT].pid}/ns/net", "skopeo", "copy", "-q"]
     target = f"docker://{address4(0)}:{port}/{name}:t"
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + 20 * PATIENCE
     while True:  # The registry has just been started.
         options = ["--preserve-digests", "--dest-tls-verify=false", *login]
         done = subprocess.run([*command, *options, f"oci:{layout}:t", target], capture_output=True, text=True)
@@ -172,7 +172,7 @@ def test_a_task_that_waits_for_an_import_is_told(site: Cluster) -> None:
     os.kill(server, signal.SIGSTOP)
     try:
         running = site.popen(["srun", "-w", "n1", f"--container-image={pinned}", "cat", "/name"], user="usera")
-        deadline = time.monotonic() + 30
+        deadline = time.monotonic() + 30 * PATIENCE
         while not any(name_of(pid) == "enclos-task" for pid in site.processes("n1")):
             assert time.monotonic() < deadline, "no task waits"
             time.sleep(0.02)
@@ -204,7 +204,7 @@ def test_a_registry_that_says_nothing(site: Cluster) -> None:
     assert f"docker://submit:{SILENT_PORT}/x@sha256:000" in line
     site.run("scancel --user=usera")
     running.communicate(timeout=60)
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + 20 * PATIENCE
     while importers(site) and time.monotonic() < deadline:
         time.sleep(0.05)
     assert importers(site) == []
@@ -263,7 +263,7 @@ def test_an_importer_that_is_killed_is_replaced(site: Cluster) -> None:
     reference, _ = push(site, "killed")
     running = site.popen(["srun", "-w", "n1", f"--container-image={reference}", "cat", "/name"], user="usera")
     killed: set[int] = set()
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 60 * PATIENCE
     while not killed and time.monotonic() < deadline:
         for pid in importers(site):
             with contextlib.suppress(ProcessLookupError):
@@ -277,7 +277,7 @@ def test_an_importer_that_is_killed_is_replaced(site: Cluster) -> None:
 def test_an_agent_that_dies_leaves_nothing_half_made(site: Cluster) -> None:
     reference, _ = push(site, "agent")
     running = site.popen(["srun", "-w", "n1", f"--container-image={reference}", "cat", "/name"], user="usera")
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 60 * PATIENCE
     while not importers(site):
         assert time.monotonic() < deadline, "no import began"
     site.stop_agent("n1", signal.SIGKILL)
@@ -389,7 +389,7 @@ def damage(part: Path) -> None:
 def test_the_least_used_goes_and_what_is_in_use_stays(site: Cluster) -> None:
     used, _ = push(site, "used")
     running = site.popen(["srun", "-w", "n1", "--overlap", f"--container-image={used}", "sleep", "100"], user="usera")
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 60 * PATIENCE
     while not lines(site, rf"step=\S+ uid=\d+ image={re.escape(used)}@"):
         assert time.monotonic() < deadline
         time.sleep(0.05)

@@ -249,7 +249,7 @@ def test_a_job_that_ended_meanwhile_and_slurmctld_is_away(fragile: Cluster, clea
         await_records(fragile, 1)
     finally:
         fragile.mend()
-        deadline = time.monotonic() + 30
+        deadline = time.monotonic() + 30 * PATIENCE
         while fragile.run(["sinfo", "-h", "-N", "-o", "%T"]).stdout.split() != ["idle", "idle"]:
             assert time.monotonic() < deadline
             time.sleep(0.1)
@@ -281,7 +281,7 @@ def test_the_spare_builder_ends_with_the_agent(fragile: Cluster, clean: Leftover
     for number in (signal.SIGKILL, signal.SIGTERM):
         waiting = spare(fragile, "n1")
         fragile.stop_agent("n1", number)
-        deadline = time.monotonic() + 5
+        deadline = time.monotonic() + 5 * PATIENCE
         while Path(f"/proc/{waiting}").exists():
             assert time.monotonic() < deadline, "the spare builder outlives the agent"
             time.sleep(0.002)
@@ -307,7 +307,7 @@ def test_killed_during_a_build(fragile: Cluster, clean: Leftovers, origin: Origi
             # These clear the death signal, and a builder that runs sets it again.
             with contextlib.suppress(ProcessLookupError):
                 os.kill(builder, signal.SIGCONT)
-        deadline = time.monotonic() + 5
+        deadline = time.monotonic() + 5 * PATIENCE
         while Path(f"/proc/{builder}").exists():
             assert time.monotonic() < deadline, f"the builder outlives the agent at {point}"
             time.sleep(0.01)

@@ -16,7 +16,7 @@ from contextlib import suppress
 from pathlib import Path
 
 import pytest
-from conftest import Leftovers, said
+from conftest import PATIENCE, Leftovers, said
 from enclos.runtime.cluster.cluster import Cluster, Running
 from enclos.runtime.cluster.users import user
 from faults import kill, processes
@@ -284,7 +284,7 @@ def test_a_killed_agent_leaves_no_server(fragile: Cluster, fragile_own: Path, cl
     """While the step is being built: its mount dies with the builder."""
     words = ["srun", "-w", "n1", f"--container-image={OWN}", "true"]
     running = fragile.popen(words, "usera")
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + 10 * PATIENCE
     while not processes(fragile, "n1", SERVER) and running.poll() is None and time.monotonic() < deadline:
         pass
     kill(fragile.agent_pid("n1"))
