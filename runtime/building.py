@@ -148,6 +148,7 @@ class NodeStep(Step):
             return [("status", "error"), ("text", failure.line(self._around.node)), ("hint", failure.hint)]
         self.record["delegated"][str(task_pid)] = made
         self._write_record()
+        self.follow(task_pid)
         return [("status", "ok")]
 
     def save_channel(self) -> int:
@@ -342,6 +343,7 @@ class NodeStep(Step):
         limits = StepLimits(decision)
         limits.check()
         self.record["cgroup"] = self._slurms_cgroup()
+        self.record["cgroup_id"] = cgroup.ident(self.record["cgroup"])
         if decision.delegate and not (self.record["cgroup"] and self.record["keeper"]):
             raise errors.delegate_without_slurm()
         if limits.needed and not self.record["cgroup"]:
@@ -560,6 +562,7 @@ def _record(request: StepRequest) -> dict[str, Any]:
         "vni": 0,
         "server": None,
         "cgroup": "",
+        "cgroup_id": 0,
         "keeper": _keeper(request),
         "delegated": {},
         "name": request.name,

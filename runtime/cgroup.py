@@ -62,6 +62,14 @@ def step_cgroup(stepd_pid: int) -> str:
     return directory if os.path.isdir(directory) else ""
 
 
+def ident(directory: str) -> int:
+    """The kernel's number of a cgroup, which it gives to no other; 0 if there is none."""
+    try:
+        return os.stat(directory).st_ino
+    except OSError:
+        return 0
+
+
 def kill(directory: str) -> None:
     """cgroup.kill (Linux 5.14) ends everything in a step's cgroup at once, however fast it forks."""
     if not directory:

@@ -28,6 +28,7 @@ GIVEN_AWAY = "/sys/kernel/cgroup/delegate"
 # What Slurm leaves off, and a manager of containers looks for.
 WANTED = ("pids", "io")
 REMOVE_SECONDS = 10.0
+DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 
 
 def delegate(step_directory: str, pid: int, uid: int, gid: int) -> str:
@@ -88,27 +89,73 @@ def revoke(task_directory: str) -> bool:
 
 
 def remove_step(step_directory: str) -> bool:
-    """What Slurm could not remove because of what was below: `…/step_S`, and the job's if that was the last."""
-    if not os.path.isdir(step_directory):
-        return True
-    tasks = [entry.path for entry in os.scandir(step_directory) if entry.is_dir(follow_symlinks=False)]
-    left = [path for path in tasks if not revoke(path)]
+    """What Slurm could not remove because of what was below: `…/step_S`, and the job's if that was the last.
+
+    Of any step: Slurm 22.05 gives a task's cgroup to its user, so each process of his can make others in there, and a
+    slurmstepd that was killed removes nothing. False if something does not end.
+    """
     step = os.path.dirname(step_directory)
-    _remove_below(step)
+    if not os.path.isdir(step):
+        return True
+    ended = revoke(step)
     for directory in (step, os.path.dirname(step)):
         with suppress(OSError):
             os.rmdir(directory)
-    return not left
+    return ended
 
 
 def _remove_below(top: str) -> bool:
-    """There are no files to remove in a cgroup, and no links."""
-    for directory, _, _ in os.walk(top, topdown=False):
-        if directory != top:
-            with suppress(OSError):
-                os.rmdir(directory)
-    with suppress(FileNotFoundError):
-        return not any(entry.is_dir(follow_symlinks=False) for entry in os.scandir(top))
+    """Remove all directories below one; True if none is left. In a cgroup are no files to remove, and no links.
+
+    A user may have made them deeper than a path can be long, or than functions can call each other.
+    """
+    try:
+        fd = os.open(top, DIRECTORY)
+    except FileNotFoundError:
+        return True
+    # For each directory on the way down to where `fd` is: what is left in it. The last one is being looked at.
+    left = [_remove_children(fd)]
+    stuck = False
+    try:
+        while left[0] or len(left) > 1:
+            if left[-1]:
+                try:
+                    fd = _step_to(fd, left[-1][-1])
+                except FileNotFoundError:
+                    left[-1].pop()
+                else:
+                    left.append(_remove_children(fd))
+            else:
+                fd = _step_to(fd, "..")
+                left.pop()
+                stuck |= not _remove(fd, left[-1].pop())
+    finally:
+        os.close(fd)
+    return not stuck
+
+
+def _step_to(fd: int, name: str) -> int:
+    """The descriptor of a directory beside that of another one, which is closed."""
+    other = os.open(name, DIRECTORY, dir_fd=fd)
+    os.close(fd)
+    return other
+
+
+def _remove_children(fd: int) -> list[str]:
+    """The names of those that could not be removed, because of what is in them."""
+    names: list[str] = []
+    with suppress(FileNotFoundError), os.scandir(fd) as entries:
+        names += [entry.name for entry in entries if entry.is_dir(follow_symlinks=False)]
+    return [name for name in names if not _remove(fd, name)]
+
+
+def _remove(fd: int, name: str) -> bool:
+    try:
+        os.rmdir(name, dir_fd=fd)
+    except FileNotFoundError:
+        pass
+    except OSError:
+        return False
     return True
 
 

@@ -36,7 +36,7 @@ log = logging.getLogger("enclosd")
 # Of a step's record: not for people.
 HIDDEN = (
     *("stepd_start", "namespaces", "netns", "vni", "server", "limits"),
-    *("keeper", "delegated"),
+    *("keeper", "delegated", "cgroup_id"),
     *("named", "remap_root", "mount_home", "gpus", "environment", "entering"),
 )
 
@@ -80,6 +80,8 @@ class Step:
         self.stepd_pidfd = stepd_pidfd
         self._shared_fd = -1
         self._told: set[str] = set()
+        # Until slurmstepd has ended.
+        self._watchers: set[asyncio.Task[None]] = set()
         # Set when slurmstepd is gone and nobody can enter its container any more.
         self.ended = asyncio.Event()
 
@@ -135,6 +137,26 @@ class Step:
         directory = self.record.get("delegated", {}).get(str(pid))
         if directory is not None and not await asyncio.to_thread(delegation.revoke, directory):
             log.error("step=%s: what is below %s cannot be ended", self.name, directory)
+
+    def follow(self, pid: int) -> None:
+        """See the end of a task that divides its cgroup.
+
+        slurmstepd tells it, too, but not where cgroups fill the memory that it shares with the step: it gets no further
+        then before they are gone.
+        """
+        try:
+            pidfd = os.pidfd_open(pid)
+        except ProcessLookupError:  # It ended while no agent was there.
+            pidfd = -1
+        self._watchers.add(asyncio.create_task(self._revoke_at_end(pid, pidfd)))
+
+    async def _revoke_at_end(self, pid: int, pidfd: int) -> None:
+        if pidfd >= 0:
+            try:
+                await wait_readable(pidfd)
+            finally:
+                os.close(pidfd)
+        await self.task_ended(pid)
 
     @property
     def running(self) -> bool:
@@ -202,18 +224,21 @@ class Step:
 
     async def watch(self, forget: Callable[[Step], None]) -> None:
         """Wait for the end of slurmstepd, then clean up behind the step."""
-        guard = asyncio.create_task(self._guard()) if self.record.get("keeper") else None
+        if self.record.get("keeper"):
+            self._watchers.add(asyncio.create_task(self._guard()))
+        for pid in self.record.get("delegated", {}):
+            self.follow(int(pid))
         await wait_readable(self.stepd_pidfd)
         forget(self)
-        if guard is not None:
-            guard.cancel()
+        for task in self._watchers:
+            task.cancel()
         try:
             self._around.named.left(self)
             self.ended.set()
             if self._unshare():
                 await self._sweep()
             else:
-                cgroup.kill(self.record.get("cgroup", ""))
+                cgroup.kill(self._cgroup())
         finally:
             await self.release()
             await self._around.devices.holdings.give_back(self.record_name)
@@ -234,15 +259,20 @@ class Step:
                     await wait_readable(keeper)
             finally:
                 os.close(keeper)
-        cgroup.kill(str(self.record.get("cgroup", "")))
+        cgroup.kill(self._cgroup())
+
+    def _cgroup(self) -> str:
+        """Directory of the step's cgroup; "" if it has none, or when the same step of a requeued job has that place."""
+        directory = str(self.record.get("cgroup", ""))
+        known = int(self.record.get("cgroup_id", 0))
+        return "" if known and cgroup.ident(directory) != known else directory
 
     async def _remove_cgroup(self) -> None:
-        """Where it is one of ours; a thread waits for the kernel, which takes its time with what was killed."""
-        directory = str(self.record.get("cgroup", ""))
-        if self.record.get("delegated") and not await asyncio.to_thread(delegation.remove_step, directory):
-            log.error("step=%s: %s cannot be removed", self.name, directory)
-        if cgroup.is_own(directory) and not await asyncio.to_thread(cgroup.remove, directory):
-            log.error("step=%s: %s cannot be removed", self.name, directory)
+        """One of ours, or what Slurm has left; a thread waits for the kernel, which takes its time with the killed."""
+        if directory := self._cgroup():
+            remove = cgroup.remove if cgroup.is_own(directory) else delegation.remove_step
+            if not await asyncio.to_thread(remove, directory):
+                log.error("step=%s: %s cannot be removed", self.name, directory)
 
     async def _sweep(self) -> None:
         """Kill what slurmstepd left in the container. The zygote may die meanwhile; the work can be done again."""
@@ -260,7 +290,7 @@ class Step:
         log.error("step=%s: what is left of it could not be ended", self.name)
 
     async def _sweep_once(self, namespace_fd: int) -> None:
-        fields = [("uid", str(self.uid)), ("cgroup", self.record.get("cgroup", ""))]
+        fields = [("uid", str(self.uid)), ("cgroup", self._cgroup())]
         child = self._around.spawner.spawn("sweep", fields, [namespace_fd])
         try:
             with await child.receive() as answer:

@@ -145,6 +145,18 @@ def test_who_owns_it_gets_no_further(limited: Cluster, limited_leftovers: Leftov
 
 
 @pytest.mark.vm_new
+def test_cgroups_that_fill_the_steps_memory(limited: Cluster, limited_leftovers: Leftovers) -> None:
+    """slurmstepd shares that memory, and gets no more of it before they are gone."""
+    script = f"cd {CGROUP}; echo up; mkdir $(seq 4000) 2> /dev/null; exit 3"
+    command = ["srun", "-w", "n1", "--mem=30", IMAGE, DELEGATE, "bash", "-c", script]
+    done = limited.run(command, user="usera", timeout=SECONDS)
+    assert done.returncode != 0 and done.stdout.startswith("up\n")
+    limited.await_idle(60)
+    assert limited_leftovers.rows(60) == []
+    assert limited.run(["sinfo", "-h", "-N", "-n", "n1", "-o", "%T"]).stdout == "idle\n"
+
+
+@pytest.mark.vm_new
 def test_a_program_that_enters_is_in_the_step_too(limited: Cluster) -> None:
     with start(limited, f"{MANAGE} echo up; while :; do sleep 0.2; done") as running:
         job = limited.run(["squeue", "-h", "-o", "%A", "--user=usera"]).stdout.strip()
