@@ -51,11 +51,11 @@ def end(cluster: Cluster, *signal: str) -> None:
 def test_a_manager_divides_what_the_step_has(limited: Cluster, limited_leftovers: Leftovers) -> None:
     """Its limit kills in its group only; the step's own holds for all; what it leaves ends with the task."""
     inside = f"(echo $BASHPID > {CGROUP}/box/cgroup.procs; {EAT}); grep -w oom_kill {CGROUP}/box/memory.events"
-    look = "cat /proc/self/cgroup cgroup.max.descendants cgroup.subtree_control; ls -d */"
+    look = "cat /proc/self/cgroup cgroup.max.descendants cgroup.subtree_control memory.max; ls -d */"
     done = step(limited, f"{MANAGE} {look}; {inside}; echo alive", "-n1")
     rows = done.stdout.splitlines()
-    assert rows[:3] == ["0::/own", "4096", "memory pids"], done.stderr
-    assert rows[3:6] == ["box/", "far/", "own/"]
+    assert rows[:4] == ["0::/own", "4096", "memory pids", "max"], done.stderr
+    assert rows[4:7] == ["box/", "far/", "own/"]
     assert rows[-1] == "alive" and int(rows[-2].split()[1]) > 0 and "60000000" not in done.stdout
     limited.await_idle(60)
     assert limited_leftovers.rows(60) == []
