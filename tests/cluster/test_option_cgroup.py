@@ -146,7 +146,7 @@ def test_who_owns_it_gets_no_further(limited: Cluster, limited_leftovers: Leftov
 
 @pytest.mark.vm_new
 def test_cgroups_that_fill_the_steps_memory(limited: Cluster, limited_leftovers: Leftovers) -> None:
-    """slurmstepd shares that memory, and gets no more of it before they are gone."""
+    """slurmstepd shares that memory: it ends all the same, and the node takes the next step."""
     script = f"cd {CGROUP}; echo up; mkdir $(seq 4000) 2> /dev/null; exit 3"
     command = ["srun", "-w", "n1", "--mem=30", IMAGE, DELEGATE, "bash", "-c", script]
     done = limited.run(command, user="usera", timeout=SECONDS)
