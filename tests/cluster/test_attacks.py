@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from conftest import PATIENCE
 from enclos.netns import names
 from enclos.runtime.cluster.cluster import Cluster, Running
 from enclos.runtime.cluster.daemons import DaemonFailed
@@ -243,7 +244,7 @@ srun -N2 -w n1,n2 --container-image={image} --container-network=job sh -c '{WHO_
 
 
 def test_the_relay_goes_where_slurmstepd_listens(idle: Cluster, image: str) -> None:
-    with going_on(idle, PYTHON, ATTACKER, "serve", "4", user="userb") as service:
+    with going_on(idle, PYTHON, ATTACKER, "serve", str(4 * PATIENCE), user="userb") as service:
         port = json.loads(service.first)["port"]  # type: ignore[attr-defined]
         uri = f"pmix.evil.0;tcp4://127.0.0.1:{port}"
         variables = ",".join(f"PMIX_SERVER_URI{suffix}={uri}" for suffix in ("", "2", "21", "3", "4", "41", "_EVIL"))
@@ -256,7 +257,7 @@ def test_the_relay_goes_where_slurmstepd_listens(idle: Cluster, image: str) -> N
         assert len(listening["ports"]) >= 1 and port not in listening["ports"]
         # The service does answer on the node itself.
         assert attack(idle, "connect", f"127.0.0.1/{port}")[0]["result"] == "ok"
-        out, _ = service.communicate(timeout=30)
+        out, _ = service.communicate(timeout=30 * PATIENCE)
     assert tells(out)[-1] == {"came": 1}
 
 
@@ -288,33 +289,33 @@ def test_a_stopped_exec_shows_nothing_and_holds_up_nobody(idle: Cluster, image: 
     with going_on(idle, *words, node=None) as job:
         name = job.first.strip()  # type: ignore[attr-defined]
         with (
-            going_on(idle, PYTHON, ATTACKER, "hunt", "enclos-enter", "5") as hunter,
+            going_on(idle, PYTHON, ATTACKER, "hunt", "enclos-enter", str(5 * PATIENCE)) as hunter,
             idle.popen(["enclos", "exec", name, "true"], "usera", "n1") as stopped,
         ):
             assert hunter.stdout is not None
             assert_hidden(json.loads(hunter.stdout.readline())["found"])
             begin = time.monotonic()
             assert idle.run(["enclos", "ps"], user="userb", node="n1").returncode == 0
-            assert time.monotonic() - begin < 4
+            assert time.monotonic() - begin < 4 * PATIENCE
             stopped.kill()
 
 
 def test_a_stopped_builder_shows_nothing_and_holds_up_nobody(idle: Cluster, image: str) -> None:
-    with settings(idle, "n1", "step: {build_deadline_seconds: 2}\n"):
-        with going_on(idle, PYTHON, ATTACKER, "hunt", "enclos-build", "9") as hunter:
+    with settings(idle, "n1", f"step: {{build_deadline_seconds: {2 * PATIENCE}}}\n"):
+        with going_on(idle, PYTHON, ATTACKER, "hunt", "enclos-build", str(9 * PATIENCE)) as hunter:
             begin = time.monotonic()
             with idle.popen(["srun", "-w", "n1", f"--container-image={image}", SLOW, "true"], "usera") as stopped:
                 assert hunter.stdout is not None
                 rows = [json.loads(hunter.stdout.readline())]
                 # Another user's step, with the same image, while the builder stands still.
-                other = step(idle, image, "hostname", user="userb", timeout=8)
+                other = step(idle, image, "hostname", user="userb", timeout=8 * PATIENCE)
                 assert (other.stdout, other.returncode) == ("n1\n", 0), other.stderr
                 assert stopped.poll() is None
-                _, err = stopped.communicate(timeout=20)
-            assert time.monotonic() - begin < 9
-            rows += tells(hunter.communicate(timeout=20)[0])
+                _, err = stopped.communicate(timeout=20 * PATIENCE)
+            assert time.monotonic() - begin < 9 * PATIENCE
+            rows += tells(hunter.communicate(timeout=20 * PATIENCE)[0])
         assert stopped.returncode != 0
-        assert "enclos:" in err and "2 s" in err, err
+        assert "enclos:" in err and f"{2 * PATIENCE} s" in err, err
         assert len(rows) >= 2  # The second attempt was stopped as well.
         for row in rows:
             assert_hidden(row["found"])
@@ -537,11 +538,11 @@ def assert_served(cluster: Cluster, image: str) -> None:
     for user in ("usera", "root"):
         done = cluster.run(["enclos", "ps"], user, "n1")
         assert done.returncode == 0, (user, done.stderr)
-    assert time.monotonic() - begin < 5
+    assert time.monotonic() - begin < 5 * PATIENCE
 
 
 def test_a_flood_of_idle_connections_stops_nobody(cluster: Cluster, image: str) -> None:
-    flood = f"{PYTHON} {ATTACKER} flood 500 30"
+    flood = f"{PYTHON} {ATTACKER} flood 500 {30 * PATIENCE}"
     with going_on(cluster, "sh", "-c", f"{flood} & {flood} & {flood} & {flood}", user="userb"):
         time.sleep(0.5)
         assert_served(cluster, image)
@@ -551,16 +552,16 @@ def test_a_flood_of_idle_connections_stops_nobody(cluster: Cluster, image: str) 
 
 
 def test_a_user_who_asks_without_pause_stops_nobody(cluster: Cluster, image: str) -> None:
-    with going_on(cluster, PYTHON, ATTACKER, "pester", "15", user="userb"):
+    with going_on(cluster, PYTHON, ATTACKER, "pester", str(15 * PATIENCE), user="userb"):
         assert_served(cluster, image)
 
 
 def test_a_descriptor_that_takes_ages_to_close_stops_nobody(cluster: Cluster, image: str) -> None:
-    with going_on(cluster, PYTHON, ATTACKER, "linger", "20", user="userb"):
+    with going_on(cluster, PYTHON, ATTACKER, "linger", str(20 * PATIENCE), user="userb"):
         begin = time.monotonic()
         assert step(cluster, image, "hostname").stdout == "n1\n"
         assert cluster.run(["enclos", "ps"], node="n1").returncode == 0
-        assert time.monotonic() - begin < 5
+        assert time.monotonic() - begin < 5 * PATIENCE
 
 
 def test_killing_the_process_that_serves_users_is_mended(cluster: Cluster) -> None:

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from conftest import PATIENCE
 from enclos.netns import names
 from enclos.runtime.cluster import image as images
 from enclos.runtime.cluster.cluster import Cluster
@@ -161,7 +162,7 @@ THREE = ("-N1", "-n1", "-w", "n3", ":", "-N2", "-n2", "-w", "n1,n2")
 def serving(cluster: Cluster, *words: str) -> Iterator[list[str]]:
     """A job of two parts, n3 and n1-n2, with a service on n1; the body has the ids of its parts."""
     script = "echo $SLURM_JOB_ID_HET_GROUP_0 $SLURM_JOB_ID_HET_GROUP_1 >&2;"
-    script += f"srun --overlap --het-group=1 -N1 -n1 -w n1 {TOOLS} {PEER} serve 7777 30 here"
+    script += f"srun --overlap --het-group=1 -N1 -n1 -w n1 {TOOLS} {PEER} serve 7777 {30 * PATIENCE} here"
     with cluster.popen(["salloc", "-Q", *(words or THREE), "bash", "-c", script], "usera") as running:
         assert running.stderr is not None and running.stdout is not None
         ids = running.stderr.readline().split()
