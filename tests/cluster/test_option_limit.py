@@ -24,9 +24,9 @@ EAT = 'x=$(head -c {bytes} /dev/zero | tr "\\0" x); echo ${{#x}}'
 Result = subprocess.CompletedProcess[str]
 
 
-def step(cluster: Cluster, limit: str, script: str, *words: str, timeout: float = 200) -> Result:
+def step(cluster: Cluster, limit: str, script: str, *words: str, user: str = "usera", timeout: float = 200) -> Result:
     command = ["srun", *words, IMAGE, *([f"--container-limit={limit}"] if limit else []), "bash", "-c", script]
-    return cluster.run(command, user="usera", timeout=timeout)
+    return cluster.run(command, user=user, timeout=timeout)
 
 
 def shown(text: str) -> list[str]:
@@ -221,7 +221,8 @@ def test_limits_survive_the_agents_restart(limited: Cluster) -> None:
 def bare(make_cluster: Callable[..., Cluster]) -> Cluster:
     """One node on which Slurm uses no cgroups, with limits of the site's."""
     require_cgroup2()
-    site = "limits:\n  default: [pids=64]\n  maximum: ['partition:main memory=64M']\n"
+    site = "limits:\n  default: [pids=64, 'account:beta pids=32']\n"
+    site += "  maximum: ['partition:main memory=64M', 'account:beta cpu=1']\n"
     plugins = "ProctrackType=proctrack/linuxproc\nTaskPlugin=task/affinity\n"
     made = make_cluster(1, slurm_conf_extra=plugins, config=site)
     images.install(made.layout.images)
@@ -242,6 +243,10 @@ def test_without_slurms_cgroups_limits_hold_as_well(bare: Cluster) -> None:
         assert rows == ["64", "50000 100000", str(64 << 20), "0::/"], done.stderr
     over = step(bare, "memory=65M", "echo started")
     assert "above the site's maximum (memory=64M) on n1" in over.stderr and over.stdout == ""
+    # userb's account has a default and a maximum of its own.
+    assert step(bare, "cpu=1", f"cat {CGROUP}/pids.max", user="userb").stdout == "32\n"
+    over = step(bare, "cpu=1.5", "echo started", user="userb")
+    assert "above the site's maximum (cpu=1) on n1" in over.stderr and over.stdout == ""
     bare.await_idle(60)
     look = f"ls -d {CGROUP}/enclos/step* 2>/dev/null"
     assert bare.run(f"for i in $(seq 50); do {look} || break; sleep 0.2; done; {look}", node="n1").returncode != 0
