@@ -256,7 +256,8 @@ def test_het_job_has_the_pmix_directories_of_its_leader(het: Cluster) -> None:
     assert done.returncode == 0 and len(rows) == 2, done.stderr
     leader = min(row[0] for row in rows)
     assert {row[-1] for row in rows} == {f"/run/slurmd/pmix.{leader}.0"}
-    ring = het.run(f"srun -n1 --mpi=pmix {IMAGE} ring : -n1 --mpi=pmix {IMAGE} ring", "usera")
+    # UCX of Debian 12 hangs in MPI_Finalize now and then, also without containers; not over TCP alone.
+    ring = het.run(f"UCX_TLS=tcp,self srun -n1 --mpi=pmix {IMAGE} ring : -n1 --mpi=pmix {IMAGE} ring", "usera")
     assert "ring of 2" in ring.stdout, ring.stderr
 
 
