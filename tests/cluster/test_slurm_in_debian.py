@@ -28,8 +28,8 @@ srun -l {OTHER} --container-network=job sh -c 'echo $(ls /sys/class/net) $(comma
 echo - sbcast; echo hello > /tmp/a; sbcast --force /tmp/a /tmp/sent-$SLURM_JOB_ID
 srun -l --container-mounts=/tmp:/node cat /node/sent-$SLURM_JOB_ID | sort
 step() {{ squeue -h -s --me -o "%i %j" | while read id name; do [ $name = $1 ] && echo $id; done; }}
-await() {{ until [ "$(step $1)" ]; do sleep 0.1; done; step $1; }}
-echo - scancel; srun -N1 -n1 -J asleep sleep 60 2> /dev/null & scancel $(await asleep); wait $!; echo ended $(($? != 0))
+echo - scancel; srun -N1 -n1 -J asleep sh -c 'echo up; sleep 60' > /tmp/up 2> /dev/null &
+until [ -s /tmp/up ]; do sleep 0.1; done; scancel $(step asleep); wait $!; echo ended $(($? != 0))
 echo - sattach; srun -N1 -n1 -J ticks sh -c 'for i in 1 2 3 4 5 6 7 8 9; do echo tick; sleep 0.3; done' > /tmp/ticks &
 until [ -s /tmp/ticks ]; do sleep 0.1; done; sattach $(step ticks) | head -n1; wait
 echo - salloc; salloc -Q -N1 -n1 echo allocated
