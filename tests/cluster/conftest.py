@@ -202,7 +202,7 @@ def fragile(make_cluster: Callable[..., Cluster]) -> Cluster:
     return made
 
 
-FRAGILE = "images:\n  idle_seconds: 0\nstep:\n  build_deadline_seconds: 6\n"
+FRAGILE = f"images:\n  idle_seconds: 0\nstep:\n  build_deadline_seconds: {6 * PATIENCE}\n"
 
 
 @pytest.fixture(scope="module", params=["fresh", "spare"])

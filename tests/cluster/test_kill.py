@@ -78,7 +78,7 @@ def start(cluster: Cluster, words: list[str]) -> Running:
     return cluster.popen(words, user="usera")
 
 
-def end(running: Running, timeout: float = 40) -> tuple[int, str, list[str]]:
+def end(running: Running, timeout: float = 40 * PATIENCE) -> tuple[int, str, list[str]]:
     """Exit status, output, and the lines that the user reads."""
     out, err = running.communicate(timeout=timeout)
     return running.returncode, out, said(err)
@@ -158,7 +158,7 @@ def test_scancel_while_building_ends_everything(
         status, out, lines = end(running)
         assert (status != 0, out) == (True, ""), lines
         assert clean.rows() == []
-        assert time.monotonic() - begin < 5, "it waited for the deadline"
+        assert time.monotonic() - begin < 5 * PATIENCE, "it waited for the deadline"
 
 
 # ---------------------------------------------------------------------------------------------- the spare builder
@@ -248,7 +248,7 @@ def test_a_zygote_killed_while_building_is_replaced(
     begin = time.monotonic()
     kill(old)
     assert end(running) == (0, "inside\n", []), point
-    assert time.monotonic() - begin < 4, "its builder lived on until the deadline"
+    assert time.monotonic() - begin < 4 * PATIENCE, "its builder lived on until the deadline"
     assert not Path(f"/proc/{builder}").exists()
     assert zygote(fragile, "n1") != old
     assert clean.rows() == []
