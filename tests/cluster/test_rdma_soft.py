@@ -9,7 +9,7 @@ import shutil
 import subprocess
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 
 import crossings
@@ -224,13 +224,23 @@ def udev() -> Iterator[None]:
     for name, text in SITE_RULES.items():
         (folder / name).write_text(f"{text}\n")
     with subprocess.Popen([UDEVD]) as udevd:
-        command("udevadm", "control", "--ping")
-        command("ip", "link", "add", "vsite", "type", "veth", "peer", "name", "wsite")
-        command("ip", "link", "set", "vsite", "up")
-        command("rdma", "link", "add", "site0", "type", "rxe", "netdev", "vsite")
-        yield
-        command("ip", "link", "delete", "vsite")
-        udevd.terminate()
+        try:
+            # It answers when it has made its socket.
+            deadline = time.monotonic() + 10 * PATIENCE
+            while subprocess.run(["udevadm", "control", "--ping"], stderr=subprocess.PIPE, check=False).returncode:
+                assert time.monotonic() < deadline
+                time.sleep(0.1)
+            command("ip", "link", "add", "vsite", "type", "veth", "peer", "name", "wsite")
+            command("ip", "link", "set", "vsite", "up")
+            command("rdma", "link", "add", "site0", "type", "rxe", "netdev", "vsite")
+            yield
+            command("ip", "link", "delete", "vsite")
+        finally:
+            # It waits for its workers, which may wait for something themselves.
+            udevd.terminate()
+            with suppress(subprocess.TimeoutExpired):
+                udevd.wait(30)
+            udevd.kill()
     shutil.rmtree(folder)
 
 
@@ -239,7 +249,7 @@ def test_udev_leaves_a_jobs_device_to_its_user(cluster: Cluster, udev: None) -> 
     """Name, owner and mode; a site's later rule is about others, and works for those."""
     with Shells(cluster, "usera", ["n1"], *OPTIONS) as shells:
         node = shells.ok("n1", "basename /dev/infiniband/uverbs*").strip()
-        command("udevadm", "settle")
+        command("udevadm", "settle", "--timeout=60")
         owner, mode = command("stat", "-c", "%u %a", f"/dev/infiniband/{node}").split()
         assert (owner, mode) == (str(USERA), "600")
         ibdevs = Path("/sys/class/infiniband_verbs").glob("uverbs*/ibdev")
