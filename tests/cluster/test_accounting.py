@@ -61,3 +61,18 @@ def seconds(text: str) -> float:
     """Of a time as 00:01.123."""
     minutes, _, rest = text.rpartition(":")
     return 60 * int(minutes) + float(rest)
+
+
+@pytest.mark.vm_new
+def test_a_step_that_a_limit_of_ours_killed(counted: Cluster) -> None:
+    """Slurm says that memory was it, of our limit as of its own."""
+    too_much = f"printf -v x %{4 * MEMORY}s"
+    own = ["srun", "-J", "own", "--mem=80", "bash", "-c", too_much]
+    ours = ["srun", "-J", "ours", "--mem=400", IMAGE, "--container-limit=memory=80M,swap=0", "bash", "-c", too_much]
+    for command in (own, ours):
+        assert counted.run(command, "usera", timeout=100).returncode != 0
+    counted.await_idle(60)
+    said = counted.run(["sacct", "-n", "-P", "-u", "usera", "-o", "jobname,state,exitcode"], "usera").stdout
+    rows = [row for row in said.splitlines() if row.startswith(("own|", "ours|"))]
+    # Of each job, and of its only step.
+    assert rows == [f"{name}|OUT_OF_MEMORY|0:125" for name in ("own", "own", "ours", "ours")], said

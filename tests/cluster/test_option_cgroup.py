@@ -21,6 +21,23 @@ MANAGE = (
     f" for i in $(seq 100); do [ -s {CGROUP}/far/down/cgroup.procs ] && break; sleep 0.1; done; "
 )
 EAT = 'x=$(head -c 60000000 /dev/zero | tr "\\0" x); echo ${#x}'
+# Makes cgroups wherever it can below a task's, as fast as it can, until there is nothing of it; says how many.
+FILL = """
+import glob, itertools, os
+places = glob.glob("/sys/fs/cgroup/**/delegated", recursive=True)
+places += [os.path.dirname(place) for place in places]
+made = 0
+for name in itertools.count():
+    for place in places:
+        try:
+            os.mkdir(f"{place}/{name}")
+            made += 1
+        except OSError:
+            pass
+    if not os.path.isdir(places[-1]):
+        break
+print(made)
+"""
 SECONDS = 200.0
 # Slurm waits this long between SIGTERM and SIGKILL.
 KILL_WAIT = 30.0
@@ -146,11 +163,18 @@ def test_who_owns_it_gets_no_further(limited: Cluster, limited_leftovers: Leftov
 
 @pytest.mark.vm_new
 def test_cgroups_that_fill_the_steps_memory(limited: Cluster, limited_leftovers: Leftovers) -> None:
-    """slurmstepd shares that memory: it ends all the same, and the node takes the next step."""
-    script = f"cd {CGROUP}; echo up; mkdir $(seq 4000) 2> /dev/null; exit 3"
-    command = ["srun", "-w", "n1", "--mem=30", IMAGE, DELEGATE, "bash", "-c", script]
-    done = limited.run(command, user="usera", timeout=SECONDS)
-    assert done.returncode != 0 and done.stdout.startswith("up\n")
+    """slurmstepd shares that memory, and what it frees is taken at once: it ends all the same, and so does the job.
+
+    They are made by a process of the user's outside, whose own memory is the node's.
+    """
+    # Slurm grants 30 MB at least (cgroup.conf(5), MinRAMSpace).
+    command = ["srun", "-w", "n1", "--mem=30", IMAGE, DELEGATE, "bash", "-c", "echo up; read -t 30"]
+    with limited.popen(command, user="usera", stdin=subprocess.PIPE) as running:
+        assert running.stdout is not None and running.stdout.readline() == "up\n"
+        with limited.popen(["python3", "-c", FILL], user="usera", node="n1") as filler:
+            made, _ = filler.communicate(timeout=SECONDS)
+            running.communicate(timeout=SECONDS)
+    assert int(made) > 1000
     limited.await_idle(60)
     assert limited_leftovers.rows(60) == []
     assert limited.run(["sinfo", "-h", "-N", "-n", "n1", "-o", "%T"]).stdout == "idle\n"

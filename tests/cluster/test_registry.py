@@ -180,7 +180,8 @@ def test_a_task_that_waits_for_an_import_is_told(site: Cluster) -> None:
         os.kill(server, signal.SIGCONT)
     out, err = running.communicate(timeout=60)
     assert out == "awaited", err
-    told = said(err)
+    # On a slow machine the registry was held up for long enough to be told of that, too.
+    told = [line for line in said(err) if not line.startswith("enclos: waiting for what the registry says")]
     assert told[0].startswith(f"enclos: importing {pinned}"), told
     assert told[-1].startswith(f"enclos: imported {pinned} in "), told
 

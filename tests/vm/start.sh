@@ -9,7 +9,9 @@ mount -t devpts -o gid=5,mode=620,ptmxmode=666 devpts /dev/pts
 mount -t tmpfs -o mode=1777,nosuid,nodev shm /dev/shm
 mount -t mqueue mqueue /dev/mqueue
 mount -t cgroup2 -o nosuid,nodev,noexec cgroup2 /sys/fs/cgroup
-for folder in /run /tmp /var/tmp; do mount -t tmpfs -o mode=1777,nosuid,nodev tmpfs "$folder"; done
+for folder in /run /tmp; do mount -t tmpfs -o mode=1777,nosuid,nodev tmpfs "$folder"; done
+# Device files work there, as in the root of a plain Debian.
+mount -t tmpfs -o mode=1777,nosuid tmpfs /var/tmp
 chmod 755 /run
 for folder in /etc /var/lib/enclos-cluster; do
     mkdir -p "$folder"
