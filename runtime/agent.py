@@ -401,6 +401,7 @@ class Agent:
             "steps": len(self._steps),
             "slurm": self._runs.slurm,
             "run": self._runs.allowed,
+            "gpus": self.around.devices.gpu_files,
         }
 
 

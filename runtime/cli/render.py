@@ -1,7 +1,7 @@
 """`enclos render`: print the operations that would make a container, in their order, without doing them.
 
-Takes the options as srun does. Runs as whoever types the command; nothing is opened but the CDI files of this machine
-when devices are asked for, so it also works away from the compute nodes.
+Takes the options as srun does. Runs as whoever types the command; nothing is opened but the CDI files of this machine,
+and its agent asked for the list of GPUs, when devices are wanted, so it also works away from the compute nodes.
 """
 
 from __future__ import annotations
@@ -11,8 +11,9 @@ import os
 from collections.abc import Sequence
 
 from enclos.runtime import config, errors, plan, policy, request, slurmclient
-from enclos.runtime.cli import common
+from enclos.runtime.cli import client, common
 from enclos.runtime.cli.check_node import node_name
+from enclos.runtime.devices.gres import Files
 from enclos.runtime.devices.node import NodeDevices
 from enclos.runtime.idmap import container_maps
 from enclos.runtime.options import OPTIONS, VISIBLE_VARIABLES
@@ -54,10 +55,20 @@ def render(options: dict[str, list[str]]) -> list[str]:
     decision = policy.decide(wanted, loaded.config)
     maps = container_maps(wanted.uid, wanted.gid, wanted.groups, decision.remap_root)
     slurm = slurmclient.find() if decision.slurm else None
-    devices = asyncio.run(NodeDevices(node_name(), loaded.config).preview(wanted, decision.network))
+    known = _gpu_files() if wanted.gpus or wanted.devices else None
+    devices = asyncio.run(NodeDevices(node_name(), loaded.config).preview(wanted, decision.network, known))
     early = plan.make(wanted, decision, loaded.config, maps, plan.NodeFacts(STAGE, slurm=slurm, devices=devices))
     late = plan.late(wanted, decision, plan.slurm_directories(wanted))
     return [*early.describe(), "(the first task is here)", *late.describe()]
+
+
+def _gpu_files() -> Files | None:
+    """Of the agent, if there is one and it knows: with cgroup v2, slurmd answers root only."""
+    try:
+        known = client.ask("status").get("gpus")
+    except errors.EnclosError:
+        return None
+    return None if known is None else tuple(tuple(paths) for paths in known)
 
 
 def _facts() -> dict[str, Sequence[str]]:

@@ -27,12 +27,17 @@ Files = tuple[tuple[str, ...], ...]
 
 
 class GpuList:
-    """The node's GPUs, asked once."""
+    """The node's GPUs, asked once.
+
+    Attributes:
+        known: what was found the last time; None before the first step with GPUs.
+    """
 
     def __init__(self, node: str, configured: Sequence[str]) -> None:
         self._node = node
         self._configured = configured
-        self._known: tuple[object, Files] | None = None
+        self._state: object = None
+        self.known: Files | None = None
         self._asking = asyncio.Lock()
 
     async def files(self, slurm_conf: str, stepd: int) -> Files:
@@ -49,9 +54,9 @@ class GpuList:
             return configured(self._configured)
         async with self._asking:
             state = _state(slurm_conf)
-            if self._known is None or self._known[0] != state:
-                self._known = (state, await ask(self._node, slurm_conf, stepd))
-            return self._known[1]
+            if self.known is None or self._state != state:
+                self.known, self._state = await ask(self._node, slurm_conf, stepd), state
+            return self.known
 
 
 def configured(entries: Sequence[str]) -> Files:
@@ -109,7 +114,8 @@ async def ask(node: str, slurm_conf: str = "", stepd: int = 0) -> Files:
         raise errors.gpus_not_listed(f"slurmd -G took more than {SLURMD_SECONDS:.0f} s") from None
     if process.returncode != 0:
         last = output.decode(errors="replace").strip().rpartition("\n")[2]
-        raise errors.gpus_not_listed(f"slurmd -G: {last[:200] or f'exit status {process.returncode}'}")
+        # On a node with cgroup v2 it says why in its log alone.
+        raise errors.gpus_not_listed(f"slurmd -G: {last[:200] or f'exit status {process.returncode}, see its log'}")
     return parse(output.decode(errors="surrogateescape"))
 
 

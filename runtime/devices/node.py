@@ -11,7 +11,7 @@ from dataclasses import replace
 from enclos.netns import rdma as node_rdma
 from enclos.runtime.devices import choice, rdma
 from enclos.runtime.devices.choice import Selection
-from enclos.runtime.devices.gres import GpuList, slurmd_path
+from enclos.runtime.devices.gres import Files, GpuList, slurmd_path
 from enclos.runtime.devices.holdings import Asker, Holdings, choose_staying
 from enclos.runtime.devices.registry import Registry
 from enclos.runtime.request import StepRequest
@@ -47,9 +47,18 @@ class NodeDevices:
         found = await self.holdings.take(text, bool(request.rdma), asker)
         return replace(selection, named=(*selection.named, *found))
 
-    async def preview(self, request: StepRequest, network: str) -> Selection:
-        """The same, without moving or making an RDMA device: what comes into a job's network is left out."""
-        selection = await self._select_cdi(request)
+    @property
+    def gpu_files(self) -> Files | None:
+        """Device files by Slurm's number; None before the first step with GPUs."""
+        return self._gpus.known
+
+    async def preview(self, request: StepRequest, network: str, gpu_files: Files | None = None) -> Selection:
+        """The same, without moving or making an RDMA device: what comes into a job's network is left out.
+
+        Args:
+            gpu_files: what the agent knows; None to ask Slurm.
+        """
+        selection = await self._select_cdi(request, gpu_files)
         text = rdma.wanted(request.rdma, self._rdma.default, network, self._rdma.mode)
         if not text or network == "job":
             return selection
@@ -57,7 +66,7 @@ class NodeDevices:
         found = choose_staying(text, bool(request.rdma), self._rdma)
         return replace(selection, named=(*selection.named, *found))
 
-    async def _select_cdi(self, request: StepRequest) -> Selection:
+    async def _select_cdi(self, request: StepRequest, files: Files | None = None) -> Selection:
         if not request.gpus and not request.devices:
             return Selection()
         catalogue = self._registry.catalogue()
@@ -67,5 +76,6 @@ class NodeDevices:
             return Selection(notices=told)
         # A machine without Slurm has no GPU that Slurm manages.
         managed = request.gpus or self._settings.gpus or slurmd_path(request.stepd)
-        files = await self._gpus.files(request.slurm_conf, request.stepd) if managed else ()
+        if files is None:
+            files = await self._gpus.files(request.slurm_conf, request.stepd) if managed else ()
         return choice.choose(request.gpus, request.devices, self._settings.allow, catalogue, files)
