@@ -66,11 +66,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     debug = given[:1] == ["--debug"]
     given = given[1:] if debug else given
     try:
-        return _dispatch(given)
-    except EnclosError as error:
-        if debug:
-            raise
-        return _report(error)
+        try:
+            return _dispatch(given)
+        except EnclosError as error:
+            if debug:
+                raise
+            return _report(error)
+        finally:  # --help leaves by SystemExit.
+            if sys.stdout is not None:  # It was closed by whoever started this.
+                sys.stdout.flush()
     except BrokenPipeError:
         # The reader (head, less) has gone.
         _forget_output()
@@ -120,10 +124,7 @@ def _dispatch(given: list[str]) -> int:
 
         raise errors.usage("", f"no such verb: {given[0]}")
     module = import_module(f"enclos.runtime.cli.{VERBS[given[0]][0]}")
-    status = module.run(given[1:])
-    if sys.stdout is not None:  # It was closed by whoever started this.
-        sys.stdout.flush()
-    return int(status)
+    return int(module.run(given[1:]))
 
 
 if __name__ == "__main__":

@@ -64,12 +64,15 @@ def parser() -> argparse.ArgumentParser:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one verb; errors are one line."""
-    options = parser().parse_args(arguments)
     try:
-        return int(VERBS[options.verb](options))
-    except (ClusterError, ImageError, ReleaseError) as error:
-        print(f"enclos-cluster: {error}", file=sys.stderr)
-        return 1
+        try:
+            options = parser().parse_args(arguments)
+            return int(VERBS[options.verb](options))
+        except (ClusterError, ImageError, ReleaseError) as error:
+            print(f"enclos-cluster: {error}", file=sys.stderr)
+            return 1
+        finally:  # --help leaves by SystemExit.
+            sys.stdout.flush()
     except BrokenPipeError:
         # The reader (head, less) has gone. Python would complain again when it flushes at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY | os.O_CLOEXEC), sys.stdout.fileno())

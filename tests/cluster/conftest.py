@@ -29,6 +29,8 @@ from vm import cards, verbs
 LIMITED_SLURM = "SelectTypeParameters=CR_CPU_Memory\nDefMemPerCPU=100\nJobAcctGatherType=jobacct_gather/cgroup\n"
 LIMITED_CGROUPS = "ConstrainRAMSpace=yes\nConstrainCores=yes\n"
 
+# Output of commands stays in a buffer until their end, as at users'; some machines' environment says otherwise.
+os.environ.pop("PYTHONUNBUFFERED", None)
 # How many times longer everything may take: software emulates a guest's processors (tests/vm).
 PATIENCE = int(os.environ.get("ENCLOS_PATIENCE", "1"))
 
