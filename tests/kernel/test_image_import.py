@@ -476,9 +476,11 @@ def test_what_registries_answer(
         f"docker://{address}/there@sha256:{'0' * 64}": no_image,
         f"docker://{private.address}/secret:t": refused,
         f"docker://127.0.0.1:{port}/x:t": f"cannot reach the registry 127.0.0.1:{port} (connection refused)",
-        "docker://nowhere.invalid/x:t": "no such registry: nowhere.invalid (its name has no address)",
     }
     assert {image: Import(image, store).error() for image in answers} == answers
+    nowhere = Import("docker://nowhere.invalid/x:t", store).error()
+    no_network = "cannot reach the registry nowhere.invalid (network is unreachable)"
+    assert nowhere in ("no such registry: nowhere.invalid (its name has no address)", no_network)
     wrong = Import(f"docker://{private.address}/secret:t", store, auth_files=(str(home / "wrong.json"),))
     assert wrong.error() == refused
     assert left(store) == {"images": [], "parts": [], "work": []}
