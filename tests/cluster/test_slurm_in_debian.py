@@ -7,6 +7,7 @@ and once without any.
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 from pathlib import Path
@@ -96,6 +97,8 @@ def test_script_works_with_slurm(idle: Cluster, debian: Path, has_slurm: bool) -
     done = idle.run([*words, *options], "usera", timeout=120)
     text = (shared / "debian.out").read_text()
     first, states, shown = text.split("\n", 1)[0], text.split("\n")[1:3], text[text.index("- inherited") :]
+    # What srun says when it had to wait for the end of the step before.
+    shown = re.sub(r"srun: (Step created|Job \S+ step creation temporarily).*\n", "", shown)
     assert first.startswith("in trixie: slurm") and f" {idle.release}." in first
     assert states == ["RUNNING 2", "JobState=RUNNING"]
     mpi = "pmix" in idle.run(["sh", "-c", "srun --mpi=list 2>&1"]).stdout
