@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from conftest import PATIENCE
 from enclos.runtime.cluster.cluster import Cluster, ClusterError
 
 # What the operations of a plan, and the talk between builder and agent, are made of. Not recvmsg: the zygote itself
@@ -46,7 +47,7 @@ def zygote(cluster: Cluster, node: str) -> int:
 
 def child(parent: int, name: str, timeout: float = 5) -> int:
     """Pid of a child of that name; TimeoutError when none shows up."""
-    deadline = time.monotonic() + timeout
+    deadline = time.monotonic() + timeout * PATIENCE
     while time.monotonic() < deadline:
         for pid in Path(f"/proc/{parent}/task/{parent}/children").read_text().split():
             with contextlib.suppress(FileNotFoundError, ProcessLookupError):
@@ -58,7 +59,7 @@ def child(parent: int, name: str, timeout: float = 5) -> int:
 
 def spare(cluster: Cluster, node: str, timeout: float = 5) -> int:
     """Pid of the builder forked ahead on a node, when it waits; TimeoutError when there is none."""
-    deadline = time.monotonic() + timeout
+    deadline = time.monotonic() + timeout * PATIENCE
     while time.monotonic() < deadline:
         with contextlib.suppress(FileNotFoundError, ProcessLookupError):  # One of them is just ending.
             pid = child(zygote(cluster, node), "enclos-spare", timeout)
@@ -150,7 +151,7 @@ class Stopper:
         """Pid of the next child that stands still at the point; TimeoutError when none does."""
         assert self._tracer.stderr is not None
         output = self._tracer.stderr.fileno()
-        deadline = time.monotonic() + timeout
+        deadline = time.monotonic() + timeout * PATIENCE
         while True:
             line, newline, rest = self._unread.partition(b"\n")
             if newline:
