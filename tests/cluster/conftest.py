@@ -23,6 +23,7 @@ from enclos.runtime.cluster.layout import Layout
 from enclos.runtime.cluster.leftovers import Snapshot, await_same, snapshot
 from enclos.runtime.cluster.releases import own_slurm
 from faults import await_spares, spare, zygote
+from patience import PATIENCE as PATIENCE
 from vm import cards, verbs
 
 # Two processors are what a guest has, and memory is what its jobs ask for.
@@ -31,8 +32,6 @@ LIMITED_CGROUPS = "ConstrainRAMSpace=yes\nConstrainCores=yes\n"
 
 # Output of commands stays in a buffer until their end, as at users'; some machines' environment says otherwise.
 os.environ.pop("PYTHONUNBUFFERED", None)
-# How many times longer everything may take: software emulates a guest's processors (tests/vm).
-PATIENCE = int(os.environ.get("ENCLOS_PATIENCE", "1"))
 
 Result = subprocess.CompletedProcess[str]
 

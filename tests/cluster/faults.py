@@ -18,8 +18,8 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from conftest import PATIENCE
 from enclos.runtime.cluster.cluster import Cluster, ClusterError
+from patience import PATIENCE
 
 # What the operations of a plan, and the talk between builder and agent, are made of. Not recvmsg: the zygote itself
 # would stop there. The signal comes when the call returns, so after sendmsg it meets a builder that waits.
