@@ -72,7 +72,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print(f"enclos-cluster: {error}", file=sys.stderr)
             return 1
         finally:  # --help leaves by SystemExit.
-            sys.stdout.flush()
+            if sys.stdout is not None:  # It was closed by whoever started this.
+                sys.stdout.flush()
     except BrokenPipeError:
         # The reader (head, less) has gone. Python would complain again when it flushes at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY | os.O_CLOEXEC), sys.stdout.fileno())

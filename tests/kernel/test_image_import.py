@@ -478,9 +478,12 @@ def test_what_registries_answer(
         f"docker://127.0.0.1:{port}/x:t": f"cannot reach the registry 127.0.0.1:{port} (connection refused)",
     }
     assert {image: Import(image, store).error() for image in answers} == answers
-    nowhere = Import("docker://nowhere.invalid/x:t", store).error()
-    no_network = "cannot reach the registry nowhere.invalid (network is unreachable)"
-    assert nowhere in ("no such registry: nowhere.invalid (its name has no address)", no_network)
+    # A guest has no network at all: one row in there, the header.
+    if len(Path("/proc/net/route").read_text().splitlines()) > 1:
+        nowhere = "no such registry: nowhere.invalid (its name has no address)"
+    else:
+        nowhere = "cannot reach the registry nowhere.invalid (network is unreachable)"
+    assert Import("docker://nowhere.invalid/x:t", store).error() == nowhere
     wrong = Import(f"docker://{private.address}/secret:t", store, auth_files=(str(home / "wrong.json"),))
     assert wrong.error() == refused
     assert left(store) == {"images": [], "parts": [], "work": []}
