@@ -286,6 +286,13 @@ def test_a_reader_that_goes_away_gets_no_traceback(cluster: Cluster) -> None:
     assert (status.returncode, messages) == (1, "")
 
 
+def test_a_closed_standard_output_is_no_traceback() -> None:
+    done = subprocess.run(
+        ["sh", "-c", 'exec "$@" >&-', "sh", *COMMAND, "--help"], stderr=subprocess.PIPE, text=True, check=False
+    )
+    assert done.returncode == 0 and "Traceback" not in done.stderr, done.stderr
+
+
 def test_slurm_conf_extra_replaces_our_rows(make_cluster: Callable[..., Cluster]) -> None:
     changed = make_cluster(1, cpus=3, slurm_conf_extra="KillWait=17\n", plugstack="optional")
     assert re.search(r"KillWait\s+= 17 sec", changed.run(["scontrol", "show", "config"]).stdout)
